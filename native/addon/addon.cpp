@@ -1,0 +1,521 @@
+// Node-API and nothing else: JavaScript arguments -> Problem + pointers -> Status -> JavaScript.
+//
+// lib/problem.ts has checked everything a user can get wrong. The same facts are checked once more
+// here, because memory safety must not depend on JavaScript; a failure is reported as internal.
+#include <napi.h>
+
+#include <cmath>
+#include <condition_variable>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "backends.h"
+#include "core/keep_mask.h"
+#include "cpu/thread_pool.h"
+
+namespace sdpa {
+namespace {
+
+constexpr size_t kFieldCount = 0
+#define SDPA_COUNT_FIELD(type, name) +1
+    SDPA_PROBLEM_FIELDS(SDPA_COUNT_FIELD)
+#undef SDPA_COUNT_FIELD
+    ;
+
+const char* error_code(StatusCode code) {
+  switch (code) {
+    case StatusCode::aborted:
+      return "ERR_SDPA_ABORTED";
+    case StatusCode::out_of_memory:
+      return "ERR_SDPA_OUT_OF_MEMORY";
+    case StatusCode::queue_full:
+      return "ERR_SDPA_QUEUE_FULL";
+    case StatusCode::unavailable:
+      return "ERR_SDPA_BACKEND_UNAVAILABLE";
+    default:
+      return "ERR_SDPA_INTERNAL";
+  }
+}
+
+Napi::Error make_error(Napi::Env env, const Status& status) {
+  Napi::Error error = Napi::Error::New(env, status.message);
+  error.Set("code", error_code(status.code));
+  return error;
+}
+
+[[noreturn]] void fail(Napi::Env env, const char* message) {
+  throw make_error(env, {StatusCode::internal, message});
+}
+
+// ---------------------------------------------------------------------------------- the header
+
+template <typename T>
+constexpr double largest() {
+  return double(std::numeric_limits<T>::max());
+}
+template <>
+constexpr double largest<Layout>() {
+  return double(Layout::bshd);
+}
+template <>
+constexpr double largest<Type>() {
+  return double(Type::bfloat16);
+}
+template <>
+constexpr double largest<MaskType>() {
+  return double(MaskType::bfloat16);
+}
+template <>
+constexpr double largest<Placement>() {
+  return double(Placement::scores);
+}
+template <>
+constexpr double largest<Precision>() {
+  return double(Precision::medium);
+}
+
+template <typename T>
+bool read_field(double from, T& to) {
+  const double smallest = std::is_same_v<T, int32_t> ? -2147483648.0 : 0.0;
+  if (!(from >= smallest && from <= largest<T>()) || from != std::floor(from)) return false;
+  to = T(int64_t(from));
+  return true;
+}
+template <>
+bool read_field(double from, float& to) {
+  to = float(from);
+  return true;
+}
+template <>
+bool read_field(double from, double& to) {
+  to = from;
+  return true;
+}
+
+bool is_one_or(uint32_t size, uint32_t full) { return size == 1 || size == full; }
+
+/// The facts that kernels rely on for memory safety and termination.
+bool is_sound(const Problem& p) {
+  const uint32_t most = 0x7fffffff;
+  const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
+                     p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
+                     p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
+                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim &&
+                     p.query_heads % p.kv_heads == 0;
+  const bool mask =
+      p.mask_type == MaskType::none ||
+      (is_one_or(p.mask_batch, p.batch) && is_one_or(p.mask_heads, p.query_heads) &&
+       is_one_or(p.mask_queries, p.query_length) && is_one_or(p.mask_keys, p.key_length));
+  return sizes && mask && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
+         p.window_right >= -1;
+}
+
+Problem read_problem(Napi::Env env, napi_value header) {
+  napi_typedarray_type type;
+  size_t length;
+  void* data;
+  if (napi_get_typedarray_info(env, header, &type, &length, &data, nullptr, nullptr) != napi_ok ||
+      type != napi_float64_array || length != kFieldCount) {
+    fail(env, "header: not a Float64Array of one number a field");
+  }
+  const double* next = static_cast<const double*>(data);
+  Problem p;
+#define SDPA_READ_FIELD(type, name) \
+  if (!read_field(*next++, p.name)) fail(env, "header: bad value of " #name);
+  SDPA_PROBLEM_FIELDS(SDPA_READ_FIELD)
+#undef SDPA_READ_FIELD
+  if (!is_sound(p)) fail(env, "header: inconsistent problem");
+  return p;
+}
+
+// ---------------------------------------------------------------------------------- the arrays
+
+/// Reads the typed arrays of a call in order, checking kind and length.
+class ArrayReader {
+ public:
+  ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
+
+  /// The elements of a tensor [a, b, c, d]; null where the argument is null and may be.
+  void* tensor(napi_typedarray_type type, bool optional, uint64_t a, uint64_t b = 1, uint64_t c = 1,
+               uint64_t d = 1) {
+    const napi_value value = *next_++;
+    if (optional && is_null(value)) return nullptr;
+    napi_typedarray_type actual;
+    size_t length;
+    void* data;
+    if (napi_get_typedarray_info(env_, value, &actual, &length, &data, nullptr, nullptr) !=
+            napi_ok ||
+        actual != type || !is_product(length, a, b, c, d)) {
+      fail(env_, "a tensor does not have the kind or length that the header states");
+    }
+    return data;
+  }
+
+ private:
+  bool is_null(napi_value value) {
+    napi_valuetype kind;
+    napi_typeof(env_, value, &kind);
+    return kind == napi_null;
+  }
+
+  /// Whether length == a * b * c * d, by division: the product may overflow.
+  static bool is_product(uint64_t length, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
+    for (const uint64_t factor : {a, b, c}) {
+      if (length % factor != 0) return false;
+      length /= factor;
+    }
+    return length == d;
+  }
+
+  Napi::Env env_;
+  const napi_value* next_;
+};
+
+napi_typedarray_type array_type(Type type) {
+  return type == Type::float32 ? napi_float32_array : napi_uint16_array;
+}
+
+napi_typedarray_type array_type(MaskType type) {
+  return type == MaskType::boolean   ? napi_uint8_array
+         : type == MaskType::float32 ? napi_float32_array
+                                     : napi_uint16_array;
+}
+
+/// A call with all that it points to. Per-batch integers are copied, since kernels use them as
+/// bounds and shared memory may change under us.
+struct CallArguments {
+  Problem problem;
+  const Backend* backend;
+  Inputs inputs{};
+  ForwardOutputs outputs{};
+  BackwardTensors tensors{};
+  bool is_backward;
+  std::vector<int32_t> causal_offsets, kv_lengths;
+
+  CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
+      : problem(read_problem(env, values[0])), is_backward(is_backward) {
+    uint32_t index;
+    if (napi_get_value_uint32(env, values[1], &index) != napi_ok || index >= kBackendCount) {
+      fail(env, "backend: not an index into the list");
+    }
+    backend = kBackends[index];
+    if (const char* reason = backend->unavailable_reason()) {
+      throw make_error(env, {StatusCode::unavailable, reason});
+    }
+    ArrayReader reader(env, values + 2);
+    read_inputs(env, reader);
+    if (is_backward) {
+      read_backward(reader);
+    } else {
+      read_forward(reader);
+    }
+  }
+
+  CallArguments(const CallArguments&) = delete;
+
+  Status run(const CancelToken& cancel) const {
+    return is_backward ? backend->backward(problem, inputs, tensors, cancel)
+                       : backend->forward(problem, inputs, outputs, cancel);
+  }
+
+ private:
+  void read_inputs(Napi::Env env, ArrayReader& reader) {
+    const Problem& p = problem;
+    const napi_typedarray_type type = array_type(p.type);
+    inputs.query = reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.head_dim);
+    inputs.key = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.head_dim);
+    inputs.value = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.value_dim);
+    inputs.mask = reader.tensor(array_type(p.mask_type), p.mask_type == MaskType::none,
+                                p.mask_batch, p.mask_heads, p.mask_queries, p.mask_keys);
+    const bool context = p.dropout_placement == Placement::context;
+    inputs.keep_mask =
+        static_cast<uint8_t*>(reader.tensor(napi_uint8_array, true, p.batch, p.query_heads,
+                                            p.query_length, context ? p.value_dim : p.key_length));
+    inputs.causal_offsets = copy_integers(reader, causal_offsets);
+    inputs.kv_lengths = copy_integers(reader, kv_lengths);
+    for (const int32_t length : kv_lengths) {
+      if (length < 0 || uint32_t(length) > p.key_length) fail(env, "kvLengths: out of range");
+    }
+  }
+
+  const int32_t* copy_integers(ArrayReader& reader, std::vector<int32_t>& to) {
+    const auto* const from =
+        static_cast<const int32_t*>(reader.tensor(napi_int32_array, true, problem.batch));
+    if (!from) return nullptr;
+    to.assign(from, from + problem.batch);
+    return to.data();
+  }
+
+  void read_forward(ArrayReader& reader) {
+    const Problem& p = problem;
+    const auto matrix = [&] {
+      return static_cast<float*>(reader.tensor(napi_float32_array, true, p.batch, p.query_heads,
+                                               p.query_length, p.key_length));
+    };
+    outputs.output = reader.tensor(array_type(p.type), false, p.batch, p.query_heads,
+                                   p.query_length, p.value_dim);
+    outputs.lse = static_cast<float*>(
+        reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length));
+    outputs.scores = matrix();
+    outputs.weights = matrix();
+    outputs.dropped_weights = matrix();
+  }
+
+  void read_backward(ArrayReader& reader) {
+    const Problem& p = problem;
+    const napi_typedarray_type type = array_type(p.type);
+    const auto like_output = [&] {
+      return reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.value_dim);
+    };
+    tensors.output = like_output();
+    tensors.lse = static_cast<float*>(
+        reader.tensor(napi_float32_array, false, p.batch, p.query_heads, p.query_length));
+    tensors.grad_output = like_output();
+    tensors.grad_query =
+        reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.head_dim);
+    tensors.grad_key = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.head_dim);
+    tensors.grad_value = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.value_dim);
+    const bool has_bias = p.mask_type != MaskType::none && p.mask_type != MaskType::boolean;
+    tensors.grad_mask = has_bias ? reader.tensor(array_type(p.mask_type), true, p.mask_batch,
+                                                 p.mask_heads, p.mask_queries, p.mask_keys)
+                                 : nullptr;
+  }
+};
+
+constexpr size_t kForwardArguments = 14, kBackwardArguments = 16;
+
+// ------------------------------------------------------------------------------ asynchronous calls
+
+class Environment;
+
+/// One asynchronous call, from its start on the JavaScript thread to its promise's end there.
+struct AsyncCall final : Job {
+  Environment& environment;
+  CallArguments arguments;
+  CancelToken cancel;
+  Status status;
+  Napi::Promise::Deferred deferred;
+  Napi::ObjectReference arrays;  // keeps the typed arrays alive
+
+  AsyncCall(Environment& environment, Napi::Env env, const napi_value* values, bool is_backward,
+            const std::atomic<int32_t>* external)
+      : environment(environment),
+        arguments(env, values, is_backward),
+        cancel(external),
+        deferred(Napi::Promise::Deferred::New(env)) {}
+  void run() override;
+};
+
+/// What one JavaScript environment (the main thread or a worker) has under way.
+///
+/// Invariant: when the environment goes, no pool thread still touches memory that it owns: the
+/// clean-up hook cancels its calls and waits for them.
+class Environment {
+ public:
+  explicit Environment(Napi::Env env) {
+    // Hooks run last in, first out: ours, added after the function's own, runs while it still
+    // lives.
+    finished_signal_ = Signal::New(env, "node-sdpa", 0, 1, this);
+    finished_signal_.Unref(env);
+    napi_add_env_cleanup_hook(
+        env, [](void* self) { static_cast<Environment*>(self)->close(); }, this);
+  }
+
+  static void drain(Napi::Env env, Napi::Function, Environment* self, void*) {
+    if (env != nullptr) self->settle_finished(env);
+  }
+
+  Napi::Promise start(Napi::Env env, AsyncCall* call) {
+    const Napi::Promise promise = call->deferred.Promise();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      running_.push_back(call);
+    }
+    const Status status = ThreadPool::shared().submit(call);
+    if (status.ok()) {
+      if (pending_++ == 0) finished_signal_.Ref(env);
+      return promise;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forget(call);
+    call->deferred.Reject(make_error(env, status).Value());
+    delete call;
+    return promise;
+  }
+
+  /// Called by a pool thread.
+  void finish(AsyncCall* call) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forget(call);
+    finished_.push_back(call);
+    if (!closing_ && finished_.size() == 1) finished_signal_.NonBlockingCall();
+    none_running_.notify_all();
+  }
+
+ private:
+  using Signal = Napi::TypedThreadSafeFunction<Environment, void, drain>;
+
+  void forget(AsyncCall* call) {
+    for (AsyncCall*& running : running_) {
+      if (running != call) continue;
+      running = running_.back();
+      return running_.pop_back();
+    }
+  }
+
+  void settle_finished(Napi::Env env) {
+    std::vector<AsyncCall*> finished;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      finished.swap(finished_);
+    }
+    const Napi::HandleScope scope(env);
+    for (AsyncCall* const call : finished) {
+      if (call->status.ok()) {
+        call->deferred.Resolve(env.Undefined());
+      } else {
+        call->deferred.Reject(make_error(env, call->status).Value());
+      }
+      delete call;
+    }
+    pending_ -= finished.size();
+    if (pending_ == 0) finished_signal_.Unref(env);
+  }
+
+  void close() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    closing_ = true;
+    const std::vector<AsyncCall*> running = running_;
+    for (AsyncCall* const call : running) {
+      call->cancel.cancel();
+      if (!ThreadPool::shared().withdraw(call)) continue;
+      forget(call);
+      finished_.push_back(call);
+    }
+    none_running_.wait(lock, [this] { return running_.empty(); });
+    for (AsyncCall* const call : finished_) delete call;
+    finished_.clear();
+  }
+
+  Signal finished_signal_;
+  std::mutex mutex_;
+  std::condition_variable none_running_;
+  std::vector<AsyncCall*> running_, finished_;
+  size_t pending_ = 0;  // promises that are not settled; JavaScript thread only
+  bool closing_ = false;
+};
+
+void AsyncCall::run() {
+  status = cancel.cancelled() ? Status{StatusCode::aborted, "the call was aborted"}
+                              : arguments.run(cancel);
+  environment.finish(this);
+}
+
+// ------------------------------------------------------------------------------------- functions
+
+/// Fills `values` with exactly `count` arguments.
+void take_arguments(const Napi::CallbackInfo& info, size_t count, napi_value* values) {
+  if (info.Length() != count) fail(info.Env(), "wrong number of arguments");
+  for (size_t i = 0; i < count; ++i) values[i] = info[i];
+}
+
+template <bool IsBackward>
+Napi::Value run_sync(const Napi::CallbackInfo& info) {
+  napi_value values[kBackwardArguments];
+  take_arguments(info, IsBackward ? kBackwardArguments : kForwardArguments, values);
+  try {
+    const CallArguments arguments(info.Env(), values, IsBackward);
+    const Status status = arguments.run(CancelToken());
+    if (!status.ok()) throw make_error(info.Env(), status);
+  } catch (const std::bad_alloc&) {
+    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
+  }
+  return info.Env().Undefined();
+}
+
+template <bool IsBackward>
+Napi::Value run_async(const Napi::CallbackInfo& info) {
+  napi_value values[kBackwardArguments + 1];
+  const size_t count = 1 + (IsBackward ? kBackwardArguments : kForwardArguments);
+  take_arguments(info, count, values);
+  Environment& environment = *info.Env().GetInstanceData<Environment>();
+  try {
+    const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
+        ArrayReader(info.Env(), values).tensor(napi_int32_array, true, 1));
+    auto call =
+        std::make_unique<AsyncCall>(environment, info.Env(), values + 1, IsBackward, cancel);
+    const Napi::Array arrays = Napi::Array::New(info.Env(), count);
+    for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+    call->arrays = Napi::Persistent<Napi::Object>(arrays);
+    return environment.start(info.Env(), call.release());
+  } catch (const std::bad_alloc&) {
+    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
+  }
+}
+
+void dropout_mask(const Napi::CallbackInfo& info) {
+  napi_value values[2];
+  take_arguments(info, 2, values);
+  const Problem p = read_problem(info.Env(), values[0]);
+  const bool context = p.dropout_placement == Placement::context;
+  void* const keep = ArrayReader(info.Env(), values + 1)
+                         .tensor(napi_uint8_array, false, p.batch, p.query_heads, p.query_length,
+                                 context ? p.value_dim : p.key_length);
+  fill_keep_mask(p, static_cast<uint8_t*>(keep));
+}
+
+void set_num_threads(const Napi::CallbackInfo& info) {
+  ThreadPool::shared().set_threads(info[0].ToNumber().Int32Value());
+}
+
+Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
+}
+
+Napi::Array list_backends(Napi::Env env) {
+  const Napi::Array list = Napi::Array::New(env, kBackendCount);
+  for (uint32_t i = 0; i < kBackendCount; ++i) {
+    const char* const reason = kBackends[i]->unavailable_reason();
+    Napi::Object entry = Napi::Object::New(env);
+    entry.Set("name", kBackends[i]->name);
+    entry.Set("available", reason == nullptr);
+    entry.Set("reason", reason ? reason : "");
+    list.Set(i, entry);
+  }
+  return list;
+}
+
+std::string field_names() {
+  std::string names;
+#define SDPA_NAME_FIELD(type, name) names += names.empty() ? #name : "," #name;
+  SDPA_PROBLEM_FIELDS(SDPA_NAME_FIELD)
+#undef SDPA_NAME_FIELD
+  return names;
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new Environment(env));
+  exports.Set("version", SDPA_VERSION);
+  exports.Set("problemFields", field_names());
+  exports.Set("backends", list_backends(env));
+  exports.Set("forwardSync", Napi::Function::New<run_sync<false>>(env, "forwardSync"));
+  exports.Set("backwardSync", Napi::Function::New<run_sync<true>>(env, "backwardSync"));
+  exports.Set("forwardAsync", Napi::Function::New<run_async<false>>(env, "forwardAsync"));
+  exports.Set("backwardAsync", Napi::Function::New<run_async<true>>(env, "backwardAsync"));
+  exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
+  exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
+  exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
+  return exports;
+}
+
+}  // namespace
+}  // namespace sdpa
+
+static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
+  return sdpa::init(env, exports);
+}
+
+NODE_API_MODULE(node_sdpa, initialize)

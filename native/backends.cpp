@@ -1,0 +1,17 @@
+// The list of backends, best first.
+#include "backends.h"
+
+#include "cpu/cpu_backends.h"
+
+namespace sdpa {
+
+const Backend* const kBackends[] = {
+#if defined(__x86_64__) || defined(_M_X64)
+    &kAvx512Backend,
+    &kAvx2Backend,
+#endif
+    &kPortableBackend,
+};
+const size_t kBackendCount = sizeof kBackends / sizeof *kBackends;
+
+}  // namespace sdpa

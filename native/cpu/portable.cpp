@@ -1,0 +1,21 @@
+// The CPU backend in plain C++, for any processor.
+#include "cpu/cpu_backends.h"
+#include "cpu/kernel_headers.h"
+
+namespace sdpa {
+namespace portable {
+// In the order of use: each builds on the one before.
+#include "cpu/vec_portable.h"
+
+#include "cpu/tile.inl"
+
+#include "cpu/attention_forward.inl"
+
+#include "cpu/attention_backward.inl"
+
+const char* unavailable_reason() { return nullptr; }
+}  // namespace portable
+
+const Backend kPortableBackend = {"cpu:portable", portable::unavailable_reason, portable::forward,
+                                  portable::backward};
+}  // namespace sdpa

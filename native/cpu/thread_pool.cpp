@@ -1,0 +1,121 @@
+// The package's own bounded thread pool.
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <system_error>
+#include <thread>
+
+namespace sdpa {
+
+ThreadPool& ThreadPool::shared() {
+  static ThreadPool* const pool = new ThreadPool;
+  return *pool;
+}
+
+void ThreadPool::set_threads(int threads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  threads_ = std::clamp(threads, 1, kMaxThreads);
+  work_available_.notify_all();  // surplus workers leave
+}
+
+int ThreadPool::threads() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return threads_;
+}
+
+Status ThreadPool::run(size_t count, bool parallel, const CancelToken& cancel, ParallelWork& work) {
+  TaskCursor cursor(count, cancel);
+  const int seats = parallel ? int(std::min<size_t>(threads(), count)) - 1 : 0;
+  if (seats > 0) {
+    run_with_helpers(seats, cursor, work);
+  } else {
+    work.work(cursor);
+  }
+  if (cursor.drained()) return {};
+  if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
+  return {StatusCode::out_of_memory, "no memory for the working buffers"};
+}
+
+void ThreadPool::run_with_helpers(int seats, TaskCursor& cursor, ParallelWork& work) {
+  Region region{work, cursor, seats};
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    regions_.push_back(&region);
+    ensure_workers(seats);
+  }
+  work.work(cursor);
+  std::unique_lock<std::mutex> lock(mutex_);
+  regions_.erase(std::find(regions_.begin(), regions_.end(), &region));
+  helper_left_.wait(lock, [&] { return region.helpers == 0; });
+}
+
+Status ThreadPool::submit(Job* job) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (jobs_.size() >= kMaxQueuedJobs) {
+    return {StatusCode::queue_full, "too many asynchronous calls are waiting"};
+  }
+  ensure_workers(1);
+  if (workers_ == 0) return {StatusCode::out_of_memory, "no thread could be created"};
+  jobs_.push_back(job);
+  return {};
+}
+
+bool ThreadPool::withdraw(Job* job) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = std::find(jobs_.begin(), jobs_.end(), job);
+  if (found == jobs_.end()) return false;
+  jobs_.erase(found);
+  return true;
+}
+
+/// Wakes `wanted` threads, creating those that are missing. The caller holds the mutex.
+void ThreadPool::ensure_workers(int wanted) {
+  const int missing = std::min(wanted - idle_ + int(jobs_.size()), threads_ - workers_);
+  for (int i = 0; i < missing; ++i) {
+    try {
+      std::thread(&ThreadPool::worker_loop, this).detach();
+    } catch (const std::system_error&) {
+      break;  // the system refuses more threads: go on with those that there are
+    }
+    ++workers_;
+  }
+  if (wanted > 1) {
+    work_available_.notify_all();
+  } else {
+    work_available_.notify_one();
+  }
+}
+
+ThreadPool::Region* ThreadPool::joinable_region() {
+  for (Region* region : regions_) {
+    if (region->seats > 0 && !region->cursor.drained()) return region;
+  }
+  return nullptr;
+}
+
+void ThreadPool::worker_loop() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (workers_ <= threads_) {
+    if (!jobs_.empty()) {
+      Job* const job = jobs_.front();
+      jobs_.pop_front();
+      lock.unlock();
+      job->run();
+      lock.lock();
+    } else if (Region* const region = joinable_region()) {
+      --region->seats;
+      ++region->helpers;
+      lock.unlock();
+      region->work.work(region->cursor);
+      lock.lock();
+      if (--region->helpers == 0) helper_left_.notify_all();
+    } else {
+      ++idle_;
+      work_available_.wait(lock);
+      --idle_;
+    }
+  }
+  --workers_;
+}
+
+}  // namespace sdpa

@@ -1,0 +1,43 @@
+# What the addon is built from, once for both build systems: binding.gyp includes this file and
+# CMakeLists.txt reads the lists out of it. Keep to one quoted string a line.
+{
+  'variables': {
+    'sdpa_sources': [
+      'native/backends.cpp',
+      'native/addon/addon.cpp',
+      'native/cpu/cpu_features.cpp',
+      'native/cpu/thread_pool.cpp',
+      'native/cpu/portable.cpp',
+      'native/cpu/avx2.cpp',
+      'native/cpu/avx512.cpp',
+    ],
+    'sdpa_defines': [
+      'NAPI_VERSION=9',
+      'NODE_ADDON_API_CPP_EXCEPTIONS',
+      # Else worker.terminate() during a call aborts the process.
+      'NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS',
+      'NODE_API_NO_EXTERNAL_BUFFERS_ALLOWED',
+    ],
+    'sdpa_compile_flags': [
+      '-std=c++17',
+      '-Wall',
+      '-Wextra',
+      '-fexceptions',
+      '-fvisibility=hidden',
+      '-fvisibility-inlines-hidden',
+      # A fused multiply-add only where the code asks for one: the same numbers from any compiler.
+      '-ffp-contract=off',
+    ],
+    'sdpa_release_flags': [
+      '-O3',
+      '-DNDEBUG',
+    ],
+    'sdpa_link_flags_linux': [
+      '-static-libstdc++',
+      '-static-libgcc',
+      '-Wl,--exclude-libs,ALL',
+      # Our threads outlive the last worker that uses them: the code must stay mapped.
+      '-Wl,-z,nodelete',
+    ],
+  },
+}
