@@ -475,6 +475,11 @@ Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
 }
 
+/// V8 does not count SharedArrayBuffers by itself, and would collect them far too late.
+void adjust_external_memory(const Napi::CallbackInfo& info) {
+  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), info[0].ToNumber().Int64Value());
+}
+
 Napi::Array list_backends(Napi::Env env) {
   const Napi::Array list = Napi::Array::New(env, kBackendCount);
   for (uint32_t i = 0; i < kBackendCount; ++i) {
@@ -508,6 +513,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
   exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
   exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
+  exports.Set("adjustExternalMemory",
+              Napi::Function::New<adjust_external_memory>(env, "adjustExternalMemory"));
   return exports;
 }
 

@@ -4,10 +4,8 @@
 struct ForwardWork final : ParallelWork {
   Call call;
   ForwardOutputs outputs;
-  const CancelToken& cancel;
 
-  ForwardWork(const Call& call, const ForwardOutputs& outputs, const CancelToken& cancel)
-      : call(call), outputs(outputs), cancel(cancel) {}
+  ForwardWork(const Call& call, const ForwardOutputs& outputs) : call(call), outputs(outputs) {}
   void work(TaskCursor& cursor) override;
 };
 
@@ -130,7 +128,6 @@ inline bool finish_context(const Call& call, const QueryBlock& q, ForwardBuffers
   const Dropout& d = call.dropout;
   const bool rescale = d.on() && d.placement != Placement::scores;
   const float numerator = rescale ? d.keep_scale : 1.0f;
-  bool nan = false;
   for (uint32_t i = 0; i < kQueryBlock; ++i) {
     const float sum = f.row_sum[i];
     f.lse[i] = sum == 0 ? -kInfinity : f.row_max[i] + std::log(sum);
@@ -147,6 +144,7 @@ inline bool finish_context(const Call& call, const QueryBlock& q, ForwardBuffers
     drop_elements(q, int(p.value_dim), f.keep, f.context);
   }
   transpose(f.context, kQueryBlock, padded(p.value_dim), kQueryBlock, f.rows, padded(p.value_dim));
+  bool nan = false;
   for (uint32_t i = 0; i < q.count; ++i) {
     const float* const row = f.rows + i * padded(p.value_dim);
     for (size_t c = 0; c < p.value_dim; ++c) nan |= row[c] != row[c];
@@ -191,9 +189,22 @@ inline void write_matrices(const Call& call, const QueryBlock& q, const ForwardO
   }
 }
 
+/// Writes the finished context and lse.
+inline void store_context(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
+                          const ForwardBuffers& f) {
+  const Problem& p = call.problem;
+  for (uint32_t i = 0; i < q.count; ++i) {
+    const size_t row =
+        row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first + i);
+    narrow(p.type, f.rows + i * padded(p.value_dim), p.value_dim, out.output, row);
+  }
+  if (!out.lse) return;
+  const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
+  std::memcpy(out.lse + row, f.lse, q.count * sizeof(float));
+}
+
 inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
                           ForwardBuffers& f) {
-  const Problem& p = call.problem;
   load_queries(call, q, f.rows, f.scores.queries);
   accumulate_context(call, q, f, false);
   if (finish_context(call, q, f)) {
@@ -201,15 +212,7 @@ inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOu
     accumulate_context(call, q, f, true);
     finish_context(call, q, f);
   }
-  for (uint32_t i = 0; i < q.count; ++i) {
-    const size_t row =
-        row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first + i);
-    narrow(p.type, f.rows + i * padded(p.value_dim), p.value_dim, out.output, row);
-  }
-  if (out.lse) {
-    const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
-    std::memcpy(out.lse + row, f.lse, q.count * sizeof(float));
-  }
+  store_context(call, q, out, f);
   if (out.scores || out.weights || out.dropped_weights) write_matrices(call, q, out, f);
 }
 
@@ -234,7 +237,9 @@ void ForwardWork::work(TaskCursor& cursor) {
 
 Status forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                const CancelToken& cancel) {
-  ForwardWork work({p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)}, outputs, cancel);
+  const Call call{p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)};
+  if (is_decode(p, outputs)) return decode(call, outputs, cancel);
+  ForwardWork work(call, outputs);
   const size_t tasks = size_t{p.batch} * p.query_heads * blocks_per_head(p);
   return ThreadPool::shared().run(tasks, worth_sharing(p), cancel, work);
 }

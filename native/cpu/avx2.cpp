@@ -23,7 +23,13 @@ namespace sdpa::avx2 {
 // In the order of use: each builds on the one before.
 #include "cpu/vec_avx2.h"
 
+// 4 x 3 accumulators, 3 operands and 1 broadcast: 16 registers.
+constexpr int kTileRows = 4;
+constexpr int kQueryVectors = 3;
+
 #include "cpu/tile.inl"
+
+#include "cpu/attention_decode.inl"
 
 #include "cpu/attention_forward.inl"
 

@@ -28,7 +28,13 @@ namespace sdpa::avx512 {
 // In the order of use: each builds on the one before.
 #include "cpu/vec_avx512.h"
 
+// 8 x 3 accumulators, 3 operands and 1 broadcast: 28 of 32 registers.
+constexpr int kTileRows = 8;
+constexpr int kQueryVectors = 3;
+
 #include "cpu/tile.inl"
+
+#include "cpu/attention_decode.inl"
 
 #include "cpu/attention_forward.inl"
 

@@ -45,9 +45,7 @@ uint64_t saved_states() {
 
 constexpr bool bit(uint32_t word, int index) { return (word >> index) & 1; }
 
-}  // namespace
-
-bool cpu_has_avx2() {
+bool detect_avx2() {
   const CpuidWords basic = cpuid(1, 0), extended = cpuid(7, 0);
   const bool fma = bit(basic.ecx, 12), osxsave = bit(basic.ecx, 27), avx = bit(basic.ecx, 28),
              f16c = bit(basic.ecx, 29), avx2 = bit(extended.ebx, 5);
@@ -56,12 +54,26 @@ bool cpu_has_avx2() {
          fma && f16c;
 }
 
-bool cpu_has_avx512() {
+bool detect_avx512() {
   if (!cpu_has_avx2()) return false;
   const uint32_t ebx = cpuid(7, 0).ebx;
   const bool f = bit(ebx, 16), dq = bit(ebx, 17), bw = bit(ebx, 30), vl = bit(ebx, 31);
   constexpr uint64_t mask_and_zmm_state = 0b11100000;
   return (saved_states() & mask_and_zmm_state) == mask_and_zmm_state && f && dq && bw && vl;
+}
+
+}  // namespace
+
+// Asked once: a virtual machine takes tens of microseconds to answer CPUID.
+
+bool cpu_has_avx2() {
+  static const bool has = detect_avx2();
+  return has;
+}
+
+bool cpu_has_avx512() {
+  static const bool has = detect_avx512();
+  return has;
 }
 
 }  // namespace sdpa

@@ -7,7 +7,13 @@ namespace portable {
 // In the order of use: each builds on the one before.
 #include "cpu/vec_portable.h"
 
+// rows of scalars by vectors of queries in a register tile: 8 of 16 registers.
+constexpr int kTileRows = 4;
+constexpr int kQueryVectors = 2;
+
 #include "cpu/tile.inl"
+
+#include "cpu/attention_decode.inl"
 
 #include "cpu/attention_forward.inl"
 

@@ -70,7 +70,7 @@ bool ThreadPool::withdraw(Job* job) {
 
 /// Wakes `wanted` threads, creating those that are missing. The caller holds the mutex.
 void ThreadPool::ensure_workers(int wanted) {
-  const int missing = std::min(wanted - idle_ + int(jobs_.size()), threads_ - workers_);
+  const int missing = std::min(wanted - idle_ + int(jobs_.size()), most_workers() - workers_);
   for (int i = 0; i < missing; ++i) {
     try {
       std::thread(&ThreadPool::worker_loop, this).detach();
@@ -95,7 +95,7 @@ ThreadPool::Region* ThreadPool::joinable_region() {
 
 void ThreadPool::worker_loop() {
   std::unique_lock<std::mutex> lock(mutex_);
-  while (workers_ <= threads_) {
+  while (workers_ <= most_workers()) {
     if (!jobs_.empty()) {
       Job* const job = jobs_.front();
       jobs_.pop_front();

@@ -55,6 +55,7 @@ class ThreadPool {
   static ThreadPool& shared();
 
   void set_threads(int threads);
+  /// How many threads may work at once; 0 if nobody has said so yet, which counts as 1.
   int threads();
 
   /// Runs `count` tasks on the calling thread and, with `parallel`, on idle threads of the pool;
@@ -78,6 +79,7 @@ class ThreadPool {
   };
 
   ThreadPool() = default;
+  int most_workers() const { return threads_ > 1 ? threads_ : 1; }
   void run_with_helpers(int seats, TaskCursor& cursor, ParallelWork& work);
   void ensure_workers(int wanted);
   void worker_loop();
@@ -87,7 +89,7 @@ class ThreadPool {
   std::condition_variable work_available_, helper_left_;
   std::vector<Region*> regions_;
   std::deque<Job*> jobs_;
-  int threads_ = 1, workers_ = 0, idle_ = 0;
+  int threads_ = 0, workers_ = 0, idle_ = 0;
 };
 
 }  // namespace sdpa

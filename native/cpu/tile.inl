@@ -378,28 +378,32 @@ inline void keep_tile(const Call& call, const QueryBlock& q, uint32_t first, int
   }
 }
 
-/// The attention mask under a tile as a bias, [key][kQueryBlock]: booleans become 0 or -infinity.
-/// `rows` is room for [kQueryBlock][kKeyBlock].
+/// One query's attention mask under a tile as a bias [keys]: booleans become 0 or -infinity.
+inline void mask_row(const Call& call, uint32_t b, uint32_t head, uint32_t query, KeyTile tile,
+                     float* bias) {
+  const Problem& p = call.problem;
+  const size_t plane =
+      (p.mask_batch > 1 ? size_t{b} : 0) * p.mask_heads + (p.mask_heads > 1 ? head : 0);
+  const size_t row = plane * p.mask_queries + (p.mask_queries > 1 ? query : 0);
+  const size_t first = row * p.mask_keys + (p.mask_keys > 1 ? tile.first : 0);
+  const int keys = p.mask_keys > 1 ? tile.count : 1;
+  if (p.mask_type == MaskType::boolean) {
+    const uint8_t* const allowed = static_cast<const uint8_t*>(call.inputs.mask) + first;
+    for (int k = 0; k < keys; ++k) bias[k] = allowed[k] ? 0.0f : -kInfinity;
+  } else {
+    const Type type = Type(uint32_t(p.mask_type) - uint32_t(MaskType::float32));
+    widen(type, call.inputs.mask, first, size_t(keys), bias);
+  }
+  for (int k = keys; k < tile.count; ++k) bias[k] = bias[0];
+}
+
+/// The same for a block of queries, [key][kQueryBlock]. `rows` is room for
+/// [kQueryBlock][kKeyBlock].
 inline void bias_tile(const Call& call, const QueryBlock& q, KeyTile tile, float* rows,
                       float* bias) {
-  const Problem& p = call.problem;
-  const size_t b = p.mask_batch > 1 ? q.b : 0, head = p.mask_heads > 1 ? q.head : 0;
-  const size_t plane = (b * p.mask_heads + head) * p.mask_queries;
-  const size_t first_key = p.mask_keys > 1 ? tile.first : 0;
-  const int keys = p.mask_keys > 1 ? tile.count : 1;
   std::memset(rows, 0, kQueryBlock * kKeyBlock * sizeof(float));
   for (uint32_t i = 0; i < q.count; ++i) {
-    float* const row = rows + i * kKeyBlock;
-    const size_t query = p.mask_queries > 1 ? q.first + i : 0;
-    const size_t first = (plane + query) * p.mask_keys + first_key;
-    if (p.mask_type == MaskType::boolean) {
-      const uint8_t* const allowed = static_cast<const uint8_t*>(call.inputs.mask) + first;
-      for (int k = 0; k < keys; ++k) row[k] = allowed[k] ? 0.0f : -kInfinity;
-    } else {
-      const Type type = Type(uint32_t(p.mask_type) - uint32_t(MaskType::float32));
-      widen(type, call.inputs.mask, first, size_t(keys), row);
-    }
-    for (int k = keys; k < tile.count; ++k) row[k] = row[0];
+    mask_row(call, q.b, q.head, q.first + i, tile, rows + i * kKeyBlock);
   }
   transpose(rows, kKeyBlock, kQueryBlock, kKeyBlock, bias, kQueryBlock);
 }
@@ -478,15 +482,17 @@ inline void drop_scores(const Call& call, const QueryBlock& q, KeyTile tile, flo
   }
 }
 
-/// exp(score - lse) for a tile: the softmax weights. Where lse is -infinity all are 0.
+/// exp(score - lse) for a tile: the softmax weights. An excluded key has weight 0, also in a row
+/// whose lse is -infinity or NaN.
 inline void weights_from_lse(const QueryBlock& q, KeyTile tile, const float* lse,
                              const float* scores, float* weights) {
   for (int v = 0; v < q.vectors; ++v) {
-    const Floats l = load(lse + v * kLanes);
-    const Floats shift = select(equal(l, broadcast(-kInfinity)), broadcast(0.0f), l);
+    const Floats excluded = broadcast(-kInfinity), l = load(lse + v * kLanes);
+    const Floats shift = select(equal(l, excluded), broadcast(0.0f), l);
     for (int k = 0; k < tile.count; ++k) {
       const int i = k * kQueryBlock + v * kLanes;
-      store(weights + i, exponential(sub(load(scores + i), shift)));
+      const Floats score = load(scores + i), weight = exponential(sub(score, shift));
+      store(weights + i, select(equal(score, excluded), broadcast(0.0f), weight));
     }
   }
 }

@@ -6,8 +6,6 @@ using Mask = __m256;  // all bits of a lane set, or none
 using Words = __m256i;
 
 constexpr int kLanes = 8;
-constexpr int kTileRows = 4;  // 4 x 3 accumulators, 3 operands and 1 broadcast: 16 registers
-constexpr int kQueryVectors = 3;
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }

@@ -7,8 +7,6 @@ using Mask = __mmask16;
 using Words = __m512i;
 
 constexpr int kLanes = 16;
-constexpr int kTileRows = 8;  // 8 x 3 accumulators, 3 operands and 1 broadcast of 32 registers
-constexpr int kQueryVectors = 3;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }

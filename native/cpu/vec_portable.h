@@ -7,8 +7,6 @@ using Words = uint32_t __attribute__((vector_size(16)));
 using Mask = int32_t __attribute__((vector_size(16)));  // all bits of a lane set, or none
 
 constexpr int kLanes = 4;
-constexpr int kTileRows = 4;      // rows of a register tile
-constexpr int kQueryVectors = 2;  // its vectors a row; queries of a block = kQueryVectors * kLanes
 
 inline Floats load(const float* p) {
   Floats a;

@@ -1,0 +1,504 @@
+// The operation: options to Problem, one backend call, result; forward and backward, at once or
+// as a promise.
+
+import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
+import { abortedError, disposedError, invalidType, shapeMismatch } from './errors';
+import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
+import {
+  type AttentionOptions,
+  type BackwardTensors,
+  type Call,
+  type FloatArray,
+  type ForwardOutputs,
+  type Inputs,
+  resolveCall,
+  sameShape,
+  scoresShape,
+  WANTS_DROPPED_WEIGHTS,
+  WANTS_SCORES,
+  WANTS_WEIGHTS,
+} from './problem';
+import {
+  adoptTensor,
+  checkLength,
+  elementCount,
+  formatShape,
+  readTensor,
+  type Tensor,
+  type TensorLike,
+  TensorView,
+  TYPE_NAMES,
+} from './tensor';
+
+/**
+ * The seed and offset that decided what was dropped.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync, dropoutMask } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: new Float32Array(32).fill(1), dims: [1, 1, 8, 4] };
+ * const result = attentionForwardSync(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, training: true, outputs: ['droppedWeights'],
+ * });
+ * const mask = dropoutMask([1, 1, 8, 8], { p: 0.5, ...result.rngState });
+ * const kept = result.droppedWeights.data.map((weight) => Number(weight > 0));
+ * assert.deepStrictEqual([...mask], [...kept]);
+ * ```
+ */
+export interface RngState {
+  readonly seed: bigint;
+  readonly offset: bigint;
+}
+
+/**
+ * The gradients of a scalar loss, each with the type and shape of what it belongs to.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2), dims: [1, 1, 1, 2] };
+ * const gradOutput = { data: Float32Array.of(5, 6), dims: [1, 1, 1, 2] };
+ * const result = attentionForwardSync(tensor, tensor, tensor);
+ * const { gradQuery, gradValue } = result.backwardSync(gradOutput);
+ * assert.deepStrictEqual([...gradValue.data], [5, 6]); // the output is the only value
+ * assert.deepStrictEqual([...gradQuery.data], [0, 0]); // and does not depend on the query
+ * ```
+ */
+export interface Gradients {
+  readonly gradQuery: Tensor;
+  readonly gradKey: Tensor;
+  readonly gradValue: Tensor;
+  /** Where attnMask is a bias: summed over its broadcast axes, 0 where the bias is -inf */
+  readonly gradAttnMask?: Tensor;
+}
+
+/**
+ * Options of {@link AttentionResult.backward}.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2), dims: [1, 1, 1, 2] };
+ * const result = attentionForwardSync(tensor, tensor, tensor);
+ * const stopped = result.backward(tensor, { signal: AbortSignal.abort() });
+ * await assert.rejects(stopped, { name: 'AbortError', code: 'ERR_SDPA_ABORTED' });
+ * ```
+ */
+export interface BackwardOptions {
+  /** Stops `backward`: it rejects with an AbortError, `ERR_SDPA_ABORTED` */
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * What {@link attentionForward} returns: the output, and all that its gradient needs.
+ *
+ * Until the last `backward`, leave unchanged the output and those inputs that were given as
+ * {@link Tensor}s; all other inputs were copied.
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { output, lse, backward } = await attentionForward(tensor, tensor, tensor);
+ * assert.deepStrictEqual(lse.dims, [1, 1, 2]);
+ * const { gradKey } = await backward(output);
+ * assert.deepStrictEqual(gradKey.dims, [1, 1, 2, 2]);
+ * ```
+ */
+export interface AttentionResult {
+  /** [B, Hq, Lq, Dv], or [B, Lq, Hq, Dv] in layout `'bshd'`; the query's type */
+  readonly output: Tensor;
+  /** [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys */
+  readonly lse: Tensor;
+  /** What decided on dropout; null where no random number was drawn */
+  readonly rngState: RngState | null;
+  /** Name of the backend that computed, such as `'cpu:avx2'` */
+  readonly backend: string;
+  /** [B, Hq, Lq, Lk] float32, where `outputs` names it */
+  readonly scores?: Tensor;
+  /** [B, Hq, Lq, Lk] float32, where `outputs` names it */
+  readonly weights?: Tensor;
+  /** [B, Hq, Lq, Lk] float32, where `outputs` names it */
+  readonly droppedWeights?: Tensor;
+  /**
+   * The gradients for a gradient of the output, which has the output's shape and type. Drops
+   * what the forward call dropped. Rejects with `ERR_SDPA_SHAPE_MISMATCH` or
+   * `ERR_SDPA_INVALID_ARG_TYPE` for another gradOutput, `ERR_SDPA_DISPOSED` after `dispose()`.
+   */
+  backward(gradOutput: TensorLike, options?: BackwardOptions): Promise<Gradients>;
+  /** As `backward`, on the calling thread; throws where that rejects */
+  backwardSync(gradOutput: TensorLike, options?: BackwardOptions): Gradients;
+  /** Lets go of what is kept for `backward`. The tensors above stay usable, each until its own */
+  dispose(): void;
+  /** Calls `dispose()` at the end of a `using` block */
+  [Symbol.dispose](): void;
+}
+
+/**
+ * Attention: `softmax(scale * query key^T + mask) value`, with dropout where it is asked for.
+ * Computed by threads of the package's own; the event loop is never blocked.
+ *
+ * Every input that is not a {@link Tensor} is copied before the call returns, so the caller may do
+ * with it as it likes; a Tensor is read without a copy. Float32, float16 and bfloat16 are computed
+ * with float32 accumulation. Memory grows with the lengths, never with their product.
+ *
+ * The operation is that of "Attention Is All You Need" (arXiv 1706.03762), under the names of
+ * PyTorch's `scaled_dot_product_attention`, by the blocked online softmax of FlashAttention-2
+ * (arXiv 2307.08691).
+ *
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
+ * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
+ *   to 512
+ * @param options - see {@link AttentionOptions}
+ * @returns the output, [B, Hq, Lq, Dv] or in layout `'bshd'` [B, Lq, Hq, Dv], of the query's type:
+ *   a new tensor, or `options.out`. Rejects with
+ *   TypeError `ERR_SDPA_INVALID_ARG_TYPE`: an argument of the wrong kind, an unknown option, or
+ *   dropoutP > 0 without training;
+ *   RangeError `ERR_SDPA_INVALID_ARG_VALUE`, `ERR_SDPA_SHAPE_MISMATCH`, `ERR_SDPA_UNSUPPORTED`:
+ *   values, shapes and sizes that are not allowed;
+ *   Error `ERR_SDPA_BACKEND_UNAVAILABLE`, `ERR_SDPA_ABORTED`, `ERR_SDPA_DISPOSED`,
+ *   `ERR_SDPA_QUEUE_FULL`, `ERR_SDPA_OUT_OF_MEMORY`. `options.out` is untouched then.
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttention } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const query = { data: Float32Array.of(1, 0), dims: [1, 1, 1, 2] };
+ * const key = { data: Float32Array.of(9, 0, 0, 9), dims: [1, 1, 2, 2] };
+ * const value = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const output = await scaledDotProductAttention(query, key, value, { scale: 10 });
+ * assert.deepStrictEqual([...output.data], [1, 2]); // the first key has all the weight
+ * ```
+ */
+export async function scaledDotProductAttention(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions,
+): Promise<Tensor> {
+  const call = resolveCall(query, key, value, options, false);
+  throwIfAborted(call.signal);
+  return outputTensor(call, await forward(withStableInputs(call), false));
+}
+
+/**
+ * As {@link scaledDotProductAttention}, on the calling thread (and helpers where that pays): the
+ * event loop waits. For small problems, scripts and workers. `signal` is looked at only at the
+ * start.
+ *
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
+ * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
+ *   to 512
+ * @param options - see {@link AttentionOptions}
+ * @returns the output, [B, Hq, Lq, Dv] or in layout `'bshd'` [B, Lq, Hq, Dv], of the query's type:
+ *   a new tensor, or `options.out`
+ * @throws what {@link scaledDotProductAttention} rejects with
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync, Tensor } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const out = new Tensor('float32', new Float32Array(4), [1, 1, 2, 2]);
+ * const output = scaledDotProductAttentionSync(tensor, tensor, tensor, { isCausal: true, out });
+ * assert.strictEqual(output, out);
+ * assert.deepStrictEqual([...out.data.subarray(0, 2)], [1, 2]); // the first query sees key 0 only
+ * ```
+ */
+export function scaledDotProductAttentionSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions,
+): Tensor {
+  const call = resolveCall(query, key, value, options, false);
+  throwIfAborted(call.signal);
+  return outputTensor(call, forwardSync(call, false));
+}
+
+/**
+ * Attention with all that training needs: the output, lse, the state of the random numbers, on
+ * request scores and weights, and `backward`. Otherwise as {@link scaledDotProductAttention}.
+ *
+ * The backward pass recomputes the weights from lse (FlashAttention-2, arXiv 2307.08691); its
+ * memory too grows with the lengths, never with their product.
+ *
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
+ * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
+ *   to 512
+ * @param options - see {@link AttentionOptions}; `outputs` asks for [B, Hq, Lq, Lk] tensors
+ * @returns see {@link AttentionResult}. Rejects as {@link scaledDotProductAttention}
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const result = await attentionForward(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, dropoutPlacement: 'context', training: true, seed: 3,
+ * });
+ * assert.deepStrictEqual(result.rngState, { seed: 3n, offset: 0n });
+ * const { gradQuery } = await result.backward(result.output);
+ * assert.deepStrictEqual(gradQuery.dims, [1, 1, 2, 2]);
+ * ```
+ */
+export async function attentionForward(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions,
+): Promise<AttentionResult> {
+  const borrowed = resolveCall(query, key, value, options, true);
+  throwIfAborted(borrowed.signal);
+  const call = withStableInputs(borrowed);
+  return createResult(call, await forward(call, true));
+}
+
+/**
+ * As {@link attentionForward}, on the calling thread; throws where that rejects.
+ *
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
+ * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
+ *   to 512
+ * @param options - see {@link AttentionOptions}; `outputs` asks for [B, Hq, Lq, Lk] tensors
+ * @returns see {@link AttentionResult}
+ * @throws what {@link scaledDotProductAttention} rejects with
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const query = { data: Float32Array.of(0, 0), dims: [1, 1, 1, 2] };
+ * const key = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { weights, lse } = attentionForwardSync(query, key, key, { outputs: ['weights'] });
+ * assert.deepStrictEqual([...weights.data], [0.5, 0.5]); // all scores are 0
+ * assert.ok(Math.abs(lse.data[0] - Math.log(2)) < 1e-6);
+ * ```
+ */
+export function attentionForwardSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions,
+): AttentionResult {
+  const borrowed = resolveCall(query, key, value, options, true);
+  throwIfAborted(borrowed.signal);
+  const call = withStableInputs(borrowed); // backward reads them again
+  return createResult(call, forwardSync(call, true));
+}
+
+/** The arrays of a call, as they are: for calls that return before anyone can change them. */
+function inputsOf(call: Call): Inputs {
+  return {
+    query: call.query.data as FloatArray,
+    key: call.key.data as FloatArray,
+    value: call.value.data as FloatArray,
+    mask: call.mask === null ? null : call.mask.data,
+    keepMask: call.keepMask === null ? null : (call.keepMask.data as Uint8Array),
+    causalOffsets: call.causalOffsets,
+    kvLengths: call.kvLengths,
+  };
+}
+
+/** The same call on memory that the caller cannot take away: tensors not ours are copied. */
+function withStableInputs(call: Call): Call {
+  return {
+    ...call,
+    query: stable(call.query),
+    key: stable(call.key),
+    value: stable(call.value),
+    mask: call.mask === null ? null : stable(call.mask),
+    keepMask: call.keepMask === null ? null : stable(call.keepMask),
+  };
+}
+
+function stable(view: TensorView): TensorView {
+  if (view.isOwned) return view;
+  return new TensorView(view.type, copyArray(view.type, view.data), view.dims, true);
+}
+
+/** Memory for what a forward call writes; the output goes to `output` where that is given. */
+function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
+  const { problem, outputs, outputDims } = call;
+  const rows = problem.batch * problem.queryHeads * problem.queryLength;
+  const square = rows * problem.keyLength;
+  return {
+    output: output ?? allocateFloats(problem.type, elementCount('output', outputDims)),
+    lse: withLse ? allocateFloat32(rows) : null,
+    scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
+    weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
+    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
+  };
+}
+
+/** Runs a forward call beside the event loop. Inputs must be stable. */
+async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
+  const { problem, backend, signal, outData } = call;
+  // A stopped call leaves its output half written, so the caller's `out` waits for the end.
+  const isAside = outData !== null && signal !== undefined;
+  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const inputs = inputsOf(call);
+  await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
+  if (!isAside) return outputs;
+  outData.set(outputs.output);
+  return { ...outputs, output: outData };
+}
+
+function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
+  const outputs = allocateOutputs(call, call.outData, withLse);
+  call.backend.forwardSync(call.problem, inputsOf(call), outputs);
+  return outputs;
+}
+
+/** The output as a tensor: the caller's where there is one. */
+function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
+  return call.out ?? adoptTensor(call.problem.type, output, call.outputDims);
+}
+
+function throwIfAborted(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw abortedError(signal);
+}
+
+/** Runs work that a signal can stop; the promise does not wait until the work has noticed. */
+function stoppable(
+  signal: AbortSignal | undefined,
+  run: (cancel: Int32Array | null) => Promise<void>,
+): Promise<void> {
+  if (signal === undefined) return run(null);
+  return new Promise((resolve, reject) => {
+    const cancel = allocateInt32(1);
+    const work = run(cancel);
+    const stop = () => {
+      Atomics.store(cancel, 0, 1);
+      reject(abortedError(signal));
+    };
+    signal.addEventListener('abort', stop, { once: true });
+    const end = () => signal.removeEventListener('abort', stop);
+    work.then(resolve, reject).finally(end);
+  });
+}
+
+/** What `backward` needs of a forward call. */
+interface Saved {
+  readonly call: Call;
+  readonly output: FloatArray;
+  readonly lse: Float32Array;
+}
+
+function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
+  const { problem, backend } = call;
+  const lse = outputs.lse as Float32Array;
+  const shape = scoresShape(problem);
+  const square = (data: Float32Array | null) =>
+    data === null ? undefined : adoptTensor(FLOAT32, data, [...shape]);
+  let saved: Saved | null = { call, output: outputs.output, lse };
+  const stillSaved = () => {
+    if (saved === null) throw disposedError('AttentionResult');
+    return saved;
+  };
+  const dispose = () => {
+    saved = null;
+  };
+  return {
+    output: outputTensor(call, outputs),
+    lse: adoptTensor(FLOAT32, lse, shape.slice(0, 3)),
+    rngState: rngStateOf(call),
+    backend: backend.name,
+    scores: square(outputs.scores),
+    weights: square(outputs.weights),
+    droppedWeights: square(outputs.droppedWeights),
+    backward: async (gradOutput, options) => backward(stillSaved(), gradOutput, options),
+    backwardSync: (gradOutput, options) => backwardSync(stillSaved(), gradOutput, options),
+    dispose,
+    [Symbol.dispose]: dispose,
+  };
+}
+
+function rngStateOf({ problem, keepMask }: Call): RngState | null {
+  if (problem.dropoutP === 0 || keepMask !== null) return null;
+  return {
+    seed: joinWords(problem.seedLo, problem.seedHi),
+    offset: joinWords(problem.offsetLo, problem.offsetHi),
+  };
+}
+
+async function backward(
+  saved: Saved,
+  gradOutputLike: unknown,
+  options: unknown,
+): Promise<Gradients> {
+  const { call } = saved;
+  const signal = readBackwardSignal(options);
+  throwIfAborted(signal);
+  const gradOutput = stable(readGradOutput(call, gradOutputLike));
+  const tensors = allocateGradients(saved, gradOutput);
+  const { problem, backend } = call;
+  const inputs = inputsOf(call);
+  await stoppable(signal, (cancel) => backend.backward(problem, inputs, tensors, cancel));
+  return toGradients(call, tensors);
+}
+
+function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): Gradients {
+  const { call } = saved;
+  throwIfAborted(readBackwardSignal(options));
+  const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
+  call.backend.backwardSync(call.problem, inputsOf(call), tensors);
+  return toGradients(call, tensors);
+}
+
+const BACKWARD_OPTIONS: ReadonlySet<string> = new Set(['signal']);
+
+function readBackwardSignal(options: unknown): AbortSignal | undefined {
+  if (options === undefined) return undefined;
+  checkPlainObject('options', options);
+  checkOptionNames(options, BACKWARD_OPTIONS);
+  return checkSignal('signal', (options as BackwardOptions).signal);
+}
+
+/** The gradient of the output: of the output's type and shape. */
+function readGradOutput(call: Call, value: unknown): TensorView {
+  const gradOutput = readTensor('gradOutput', value);
+  const { type } = call.problem;
+  if (gradOutput.type !== type) {
+    const expected = `${TYPE_NAMES[type]} elements, as in output`;
+    throw invalidType('gradOutput', expected, TYPE_NAMES[gradOutput.type]);
+  }
+  if (!sameShape(gradOutput.dims, call.outputDims)) {
+    const expected = `${formatShape(call.outputDims)}, the shape of output`;
+    throw shapeMismatch('gradOutput', expected, formatShape(gradOutput.dims));
+  }
+  checkLength('gradOutput', gradOutput);
+  return gradOutput;
+}
+
+function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
+  const { query, key, value, mask, problem } = saved.call;
+  const hasBias = mask !== null && mask.type !== BOOL;
+  return {
+    output: saved.output,
+    lse: saved.lse,
+    gradOutput: gradOutput.data as FloatArray,
+    gradQuery: allocateFloats(problem.type, query.data.length),
+    gradKey: allocateFloats(problem.type, key.data.length),
+    gradValue: allocateFloats(problem.type, value.data.length),
+    gradMask: hasBias ? allocateFloats(mask.type, mask.data.length) : null,
+  };
+}
+
+function toGradients({ query, key, value, mask }: Call, tensors: BackwardTensors): Gradients {
+  const gradients = {
+    gradQuery: adoptTensor(query.type, tensors.gradQuery, query.dims),
+    gradKey: adoptTensor(key.type, tensors.gradKey, key.dims),
+    gradValue: adoptTensor(value.type, tensors.gradValue, value.dims),
+  };
+  if (mask === null || tensors.gradMask === null) return gradients;
+  return { ...gradients, gradAttnMask: adoptTensor(mask.type, tensors.gradMask, mask.dims) };
+}

@@ -1,0 +1,27 @@
+// The public names of node-sdpa, and nothing else.
+
+export type { AttentionResult, BackwardOptions, Gradients, RngState } from './attention';
+export {
+  attentionForward,
+  attentionForwardSync,
+  scaledDotProductAttention,
+  scaledDotProductAttentionSync,
+} from './attention';
+export type { BackendInfo, TriedBackend } from './backend-info';
+export { backendInfo, setNumThreads } from './backend-info';
+export type { DropoutMaskOptions } from './dropout-mask';
+export { dropoutMask } from './dropout-mask';
+export type { SdpaError, SdpaErrorCode } from './errors';
+export type { GeneratorOptions, GeneratorState } from './generator';
+export { Generator, manualSeed } from './generator';
+export type {
+  AttentionOptions,
+  AttentionOutputName,
+  BackendName,
+  DropoutBroadcastAxis,
+  DropoutPlacement,
+  Layout,
+  Precision,
+} from './problem';
+export type { TensorData, TensorLike, TensorType } from './tensor';
+export { Tensor } from './tensor';

@@ -1,0 +1,74 @@
+// Memory for tensors: shared with the native threads, and counted by the garbage collector.
+
+import { constants } from 'node:buffer';
+import { loadBinding } from './binding';
+import { sdpaError } from './errors';
+import type { FloatArray } from './problem-header';
+
+/** The code of an element type: float32, float16 and bfloat16 as in Problem.type, then bool. */
+export const FLOAT32 = 0;
+export const FLOAT16 = 1;
+export const BFLOAT16 = 2;
+export const BOOL = 3;
+
+type TensorArray = Float32Array | Uint16Array | Uint8Array;
+
+/** Below this many bytes an array costs about as much as its JavaScript objects. */
+const SMALLEST_COUNTED = 4096;
+
+/**
+ * Makes `length` zeros of an element type.
+ *
+ * Native threads read and write the memory while JavaScript goes on, so it must not be detached:
+ * it is a SharedArrayBuffer. Without the native addon nobody shares it, and it is ordinary.
+ */
+export function allocate(type: number, length: number): TensorArray {
+  if (type === FLOAT32) return new Float32Array(allocateBytes(length, 4));
+  if (type === BOOL) return new Uint8Array(allocateBytes(length, 1));
+  return new Uint16Array(allocateBytes(length, 2));
+}
+
+/** Makes `length` zeros of a floating-point type. */
+export function allocateFloats(type: number, length: number): FloatArray {
+  return allocate(type, length) as FloatArray;
+}
+
+/** Makes `length` float32 zeros. */
+export function allocateFloat32(length: number): Float32Array {
+  return new Float32Array(allocateBytes(length, 4));
+}
+
+/** Makes `length` int32 zeros. */
+export function allocateInt32(length: number): Int32Array {
+  return new Int32Array(allocateBytes(length, 4));
+}
+
+/** Copies an array of an element type into memory that is not the caller's. */
+export function copyArray<T extends TensorArray>(type: number, source: T): T {
+  const copy = allocate(type, source.length) as T;
+  copy.set(source);
+  return copy;
+}
+
+function allocateBytes(length: number, bytesPerElement: number): ArrayBuffer {
+  const { native } = loadBinding();
+  const bytes = length * bytesPerElement;
+  let buffer: ArrayBuffer | SharedArrayBuffer;
+  try {
+    if (length > constants.MAX_LENGTH) throw new RangeError('Longer than a typed array can be');
+    buffer = native === null ? new ArrayBuffer(bytes) : new SharedArrayBuffer(bytes);
+  } catch (cause) {
+    throw sdpaError('ERR_SDPA_OUT_OF_MEMORY', `No memory for an array of ${bytes} bytes`, cause);
+  }
+  if (native !== null && bytes >= SMALLEST_COUNTED) {
+    // V8 counts no SharedArrayBuffer: without this, garbage piles up by the gigabyte before a
+    // collection starts. The buffer, not the Tensor, is watched: views may outlive the Tensor.
+    native.adjustExternalMemory(bytes);
+    collected.register(buffer, bytes);
+  }
+  return buffer as ArrayBuffer;
+}
+
+const collected = new FinalizationRegistry((bytes: number) => {
+  loadBinding().native?.adjustExternalMemory(-bytes);
+});

@@ -1,0 +1,798 @@
+// Every default, shape rule and user-facing error of an attention call: options and tensors in, a
+// fully resolved Call out. Backends see its Problem and arrays, and never the user's objects.
+
+import {
+  checkBoolean,
+  checkInteger,
+  checkNumber,
+  checkOptionNames,
+  checkPlainObject,
+  checkSignal,
+  checkUint64,
+  checkWord,
+  checkWordList,
+  describe,
+  highWord,
+  lowWord,
+} from './arguments';
+import { type Backend, selectBackend } from './backends';
+import {
+  invalidType,
+  invalidValue,
+  shapeMismatch,
+  typeError,
+  unsupported,
+  valueError,
+} from './errors';
+import { checkGenerator, draw, type Generator } from './generator';
+import { allocateInt32, BOOL, FLOAT32 } from './memory';
+import type { FloatArray, Problem } from './problem-header';
+import {
+  checkLength,
+  elementCount,
+  formatShape,
+  isTensor,
+  readTensor,
+  type Tensor,
+  type TensorLike,
+  type TensorView,
+  TYPE_NAMES,
+} from './tensor';
+
+export type {
+  BackwardTensors,
+  FloatArray,
+  ForwardOutputs,
+  Inputs,
+  Problem,
+} from './problem-header';
+export { encodeProblem, PROBLEM_FIELDS } from './problem-header';
+
+/**
+ * The order of axes: `'bhsd'` is [batch, heads, length, headDim] (PyTorch's), `'bshd'` is
+ * [batch, length, heads, headDim] (flash-attention's).
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: new Float32Array(24), dims: [1, 3, 2, 4] }; // 3 positions of 2 heads
+ * const output = scaledDotProductAttentionSync(tensor, tensor, tensor, { layout: 'bshd' });
+ * assert.deepStrictEqual(output.dims, [1, 3, 2, 4]);
+ * ```
+ */
+export type Layout = 'bhsd' | 'bshd';
+
+/**
+ * What dropout acts on: the softmax weights, the context (weights x value, the output), or the
+ * scores before the softmax (DropKey, arXiv 2208.02646).
+ *
+ * | placement | forward | property |
+ * | --- | --- | --- |
+ * | `'weights'` | `O = keepScale * sum_j keep_j P_j V_j` | unbiased; channels share the noise |
+ * | `'context'` | `O_d = keepScale * keep_d * sum_j P_j V_jd` | unbiased; channels drop alone |
+ * | `'scores'` | dropped scores become -inf, no rescale | rows sum to 1; biased |
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: new Float32Array(32).fill(1), dims: [1, 1, 8, 4] };
+ * const { weights } = attentionForwardSync(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, dropoutPlacement: 'scores', training: true, seed: 1, outputs: ['weights'],
+ * });
+ * const sum = weights.data.subarray(0, 8).reduce((total, weight) => total + weight);
+ * assert.ok(Math.abs(sum - 1) < 1e-6); // what is left of a row still sums to 1
+ * ```
+ */
+export type DropoutPlacement = 'weights' | 'context' | 'scores';
+
+/**
+ * An axis along which one dropout decision is shared (as Tensor2Tensor and T5 do).
+ *
+ * @example
+ * ```js
+ * import { dropoutMask } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const mask = dropoutMask([1, 1, 2, 64], { p: 0.5, seed: 1, broadcast: ['query'] });
+ * assert.deepStrictEqual(mask.subarray(0, 64), mask.subarray(64)); // the same for both queries
+ * ```
+ */
+export type DropoutBroadcastAxis = 'batch' | 'head' | 'query';
+
+/**
+ * How exact the matrix products are, as `torch.set_float32_matmul_precision` has it: float32,
+ * TF32-class or bfloat16-class. A backend may always be more exact than asked; all backends of
+ * this version compute at `'highest'`.
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2), dims: [1, 1, 1, 2] };
+ * const output = scaledDotProductAttentionSync(tensor, tensor, tensor, { precision: 'high' });
+ * assert.deepStrictEqual([...output.data], [1, 2]);
+ * ```
+ */
+export type Precision = 'highest' | 'high' | 'medium';
+
+/**
+ * What computes. `'auto'`: the best that runs here, with JavaScript as the last resort (or what
+ * the variable SDPA_BACKEND names); `'cpu'`: the best native CPU backend (or the one that
+ * SDPA_CPU_ISA names); the others are taken at their word, and are an error where unavailable.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2), dims: [1, 1, 1, 2] };
+ * const { backend } = attentionForwardSync(tensor, tensor, tensor, { backend: 'js' });
+ * assert.strictEqual(backend, 'js');
+ * ```
+ */
+export type BackendName =
+  | 'auto'
+  | 'cpu'
+  | 'cuda'
+  | 'js'
+  | 'cpu:amx'
+  | 'cpu:avx512'
+  | 'cpu:avx2'
+  | 'cpu:neon'
+  | 'cpu:portable';
+
+/**
+ * What `attentionForward` can return besides the output: float32 tensors [B, Hq, Lq, Lk]
+ * (`lse`: [B, Hq, Lq]) in either layout.
+ *
+ * - `'lse'`: the logarithm of the sum of the exponentials of a row's scores; always returned
+ * - `'scores'`: before softmax and dropout, after scale, softcap, bias and exclusions (-inf)
+ * - `'weights'`: the softmax; under `'scores'` dropout, that of the scores that are left
+ * - `'droppedWeights'`: what multiplies value: after dropout and rescale under `'weights'`
+ *   dropout, otherwise equal to the weights
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const result = attentionForwardSync(tensor, tensor, tensor, {
+ *   isCausal: true, outputs: ['scores', 'weights'],
+ * });
+ * assert.strictEqual(result.scores.data[1], -Infinity); // the first query does not see key 1
+ * assert.deepStrictEqual([...result.weights.data.subarray(0, 2)], [1, 0]);
+ * ```
+ */
+export type AttentionOutputName = 'lse' | 'scores' | 'weights' | 'droppedWeights';
+
+/**
+ * The options of an attention call; every one may be left out. PyTorch's names in camelCase.
+ *
+ * B, Hq, Hkv, Lq, Lk, D and Dv are batch, query heads, key/value heads, query and key length,
+ * head dim and value dim. Query i sits at `Q = i + queryOffset + causalOffset`, key j at
+ * `K = j + keyOffset`, and i sees j if and only if
+ * (not causal or `K <= Q`) and (left < 0 or `K >= Q - left`) and (right < 0 or `K <= Q + right`)
+ * and `j < kvLengths[b]` and the mask allows it. Excluded keys contribute nothing, whatever they
+ * hold; a query without keys gives zeros.
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const query = { data: Float32Array.of(1, 0), dims: [1, 1, 1, 2] };
+ * const key = { data: Float32Array.of(1, 0, 0, 1), dims: [1, 1, 2, 2] };
+ * const options = { isCausal: true, causalOffset: 'bottom-right', scale: 2 };
+ * const output = scaledDotProductAttentionSync(query, key, key, options);
+ * const weight = 1 / (1 + Math.exp(-2)); // softmax of the scores 2 and 0
+ * assert.ok(Math.abs(output.data[0] - weight) < 1e-6);
+ * assert.throws(() => scaledDotProductAttentionSync(query, key, key, { isCasual: true }), {
+ *   message: 'options: unknown option "isCasual"; did you mean "isCausal"?',
+ * });
+ * ```
+ */
+export interface AttentionOptions {
+  /**
+   * Which keys take part (bool: Uint8Array, 1 takes part), or a bias added to the scores
+   * (float32, or the query's type; -inf excludes a key). Its shape broadcasts from the right to
+   * [B, Hq, Lq, Lk], in either layout. A bias has a gradient.
+   */
+  readonly attnMask?: TensorLike;
+  /** No query sees a later key. Default: false */
+  readonly isCausal?: boolean;
+  /**
+   * Moves the diagonal of the causal rule and of the window, by as many keys; one number, or one
+   * for each batch entry. `'bottom-right'` is Lk - Lq: the last query sees the last key.
+   * Default: 0, PyTorch's top-left
+   */
+  readonly causalOffset?: number | readonly number[] | 'bottom-right';
+  /** How many keys before and behind the diagonal are seen; -1: all. Default: [-1, -1] */
+  readonly windowSize?: readonly [left: number, right: number];
+  /** [B]: how many leading keys of a batch entry there are, 0 to Lk. Default: Lk each */
+  readonly kvLengths?: Int32Array;
+  /** Multiplies query . key. Default: 1 / sqrt(D) */
+  readonly scale?: number;
+  /** c > 0 squeezes scores to -c..c by `c * tanh(s / c)`, before the bias. Default: 0, off */
+  readonly softcap?: number;
+  /** Lets Hkv be a divisor of Hq: query head h uses head floor(h / (Hq / Hkv)). Default: false */
+  readonly enableGqa?: boolean;
+  /** Probability of a drop, 0 to 1; takes effect in steps of 1/65536. Default: 0 */
+  readonly dropoutP?: number;
+  /** What is dropped. Default: `'weights'` */
+  readonly dropoutPlacement?: DropoutPlacement;
+  /** Axes along which a decision is shared. Default: none */
+  readonly dropoutBroadcast?: readonly DropoutBroadcastAxis[];
+  /** Must be stated where dropoutP > 0; false turns dropout off. No default */
+  readonly training?: boolean;
+  /** Start of the random numbers, 64 bits. Default: the generator's */
+  readonly seed?: number | bigint;
+  /** Which of a seed's masks, 64 bits: a new one for each step and layer. Default with a seed: 0 */
+  readonly offset?: number | bigint;
+  /** Gives seed and offset. Default: the default generator, see `manualSeed` */
+  readonly generator?: Generator;
+  /**
+   * Explicit dropout decisions in place of random ones: bool, 1 keeps; [B, Hq, Lq, Lk], or
+   * [B, Hq, Lq, Dv] for `'context'`, in either layout. What is kept is multiplied by 1 / (1 - p).
+   */
+  readonly keepMask?: TensorLike;
+  /** Position of this shard's first batch entry in the whole, for dropout. Default: 0 */
+  readonly batchOffset?: number;
+  /** Position of this shard's first query head in the whole, for dropout. Default: 0 */
+  readonly headOffset?: number;
+  /** Position of this shard's first query in the whole, for dropout and causal rule. Default: 0 */
+  readonly queryOffset?: number;
+  /** Position of this shard's first key in the whole, for dropout and causal rule. Default: 0 */
+  readonly keyOffset?: number;
+  /** How exact the matrix products are. Default: `'highest'` */
+  readonly precision?: Precision;
+  /** Order of the axes of query, key, value, output and gradients. Default: `'bhsd'` */
+  readonly layout?: Layout;
+  /** What computes. Default: `'auto'` */
+  readonly backend?: BackendName;
+  /**
+   * Takes the output in place of a new tensor: of the query's type and the output's shape, not
+   * overlapping any input. It is untouched where the call fails.
+   */
+  readonly out?: Tensor;
+  /** Stops an asynchronous call: it rejects with an AbortError, `ERR_SDPA_ABORTED` */
+  readonly signal?: AbortSignal;
+  /** What `attentionForward` returns besides the output. Default: only lse */
+  readonly outputs?: readonly AttentionOutputName[];
+}
+
+/** A call with every default resolved and every argument checked. */
+export interface Call {
+  readonly problem: Problem;
+  readonly backend: Backend;
+  readonly query: TensorView;
+  readonly key: TensorView;
+  readonly value: TensorView;
+  readonly mask: TensorView | null;
+  readonly keepMask: TensorView | null;
+  readonly causalOffsets: Int32Array | null;
+  readonly kvLengths: Int32Array | null;
+  readonly outputDims: readonly number[];
+  /** The caller's tensor for the output, and its elements */
+  readonly out: Tensor | undefined;
+  readonly outData: FloatArray | null;
+  readonly signal: AbortSignal | undefined;
+  /** Bits WANTS_SCORES, WANTS_WEIGHTS, WANTS_DROPPED_WEIGHTS */
+  readonly outputs: number;
+}
+
+const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
+export const PLACEMENTS: readonly DropoutPlacement[] = ['weights', 'context', 'scores'];
+export const BROADCAST_AXES: readonly DropoutBroadcastAxis[] = ['batch', 'head', 'query'];
+const PRECISIONS: readonly Precision[] = ['highest', 'high', 'medium'];
+const OUTPUT_NAMES: readonly AttentionOutputName[] = ['lse', 'scores', 'weights', 'droppedWeights'];
+export const WANTS_SCORES = 2;
+export const WANTS_WEIGHTS = 4;
+export const WANTS_DROPPED_WEIGHTS = 8;
+
+const BSHD = 1;
+const CONTEXT = 1;
+const MASK_NONE = 0;
+const MASK_BOOL = 1;
+const LARGEST_INT32 = 2 ** 31 - 1;
+const SMALLEST_INT32 = -(2 ** 31);
+const LARGEST_FLOAT32 = (2 - 2 ** -23) * 2 ** 127;
+export const LARGEST_HEAD_DIM = 512;
+
+/** The options as they came: read once, not yet checked. */
+type Given = { readonly [Name in keyof AttentionOptions]-?: unknown };
+
+/** A Problem while it is being resolved. */
+export type Draft = { -readonly [Field in keyof Problem]: Problem[Field] };
+
+const NO_OPTIONS: Given = copyOptions({});
+const OPTION_NAMES: ReadonlySet<string> = new Set(Object.keys(NO_OPTIONS));
+
+/** The only place that touches the user's options: each property is read once. */
+function copyOptions(options: AttentionOptions): Given {
+  return {
+    attnMask: options.attnMask,
+    isCausal: options.isCausal,
+    causalOffset: options.causalOffset,
+    windowSize: options.windowSize,
+    kvLengths: options.kvLengths,
+    scale: options.scale,
+    softcap: options.softcap,
+    enableGqa: options.enableGqa,
+    dropoutP: options.dropoutP,
+    dropoutPlacement: options.dropoutPlacement,
+    dropoutBroadcast: options.dropoutBroadcast,
+    training: options.training,
+    seed: options.seed,
+    offset: options.offset,
+    generator: options.generator,
+    keepMask: options.keepMask,
+    batchOffset: options.batchOffset,
+    headOffset: options.headOffset,
+    queryOffset: options.queryOffset,
+    keyOffset: options.keyOffset,
+    precision: options.precision,
+    layout: options.layout,
+    backend: options.backend,
+    out: options.out,
+    signal: options.signal,
+    outputs: options.outputs,
+  };
+}
+
+function readOptions(options: unknown): Given {
+  if (options === undefined) return NO_OPTIONS;
+  checkPlainObject('options', options);
+  checkOptionNames(options, OPTION_NAMES);
+  return copyOptions(options);
+}
+
+/**
+ * Checks the arguments of an attention call and resolves every default. Lengths come after all
+ * code of the caller's (getters, proxies) has run, and the draw from a generator comes last.
+ *
+ * @param allowsOutputs - whether the caller of this function can return more than the output
+ */
+export function resolveCall(
+  queryLike: unknown,
+  keyLike: unknown,
+  valueLike: unknown,
+  options: unknown,
+  allowsOutputs: boolean,
+): Call {
+  const given = readOptions(options);
+  const query = readTensor('query', queryLike);
+  const key = readTensor('key', keyLike);
+  const value = readTensor('value', valueLike);
+  const mask = given.attnMask === undefined ? null : readTensor('attnMask', given.attnMask);
+  const keepMask = given.keepMask === undefined ? null : readTensor('keepMask', given.keepMask);
+
+  const problem = newProblem();
+  problem.layout = checkWord('layout', given.layout, LAYOUTS);
+  problem.precision = checkWord('precision', given.precision, PRECISIONS);
+  resolveTypes(problem, query, key, value);
+  resolveShapes(problem, query, key, value, checkBoolean('enableGqa', given.enableGqa, false));
+  if (mask !== null) resolveMask(problem, mask);
+  resolveScores(problem, given);
+  const causalOffsets = resolveVisibility(problem, given);
+  const kvLengths = resolveKvLengths(problem, given.kvLengths);
+  resolveShard(problem, given);
+  const isDropping = resolveDropout(problem, given, keepMask);
+  const outputs = resolveOutputs(problem, given.outputs, allowsOutputs);
+  const signal = checkSignal('signal', given.signal);
+  const backend = selectBackend(given.backend);
+
+  checkLength('query', query);
+  checkLength('key', key);
+  checkLength('value', value);
+  if (mask !== null) checkLength('attnMask', mask);
+  if (keepMask !== null) checkLength('keepMask', keepMask);
+  const outputDims = outputShape(problem);
+  const { out } = given;
+  const outData =
+    out === undefined
+      ? null
+      : readOut(out, problem, outputDims, [query, key, value, mask, keepMask]);
+  resolveSeed(problem, given, isDropping && keepMask === null);
+  return {
+    problem: Object.freeze(problem),
+    backend,
+    query,
+    key,
+    value,
+    mask,
+    keepMask: isDropping ? keepMask : null,
+    causalOffsets,
+    kvLengths,
+    outputDims,
+    out: out as Tensor | undefined,
+    outData,
+    signal,
+    outputs,
+  };
+}
+
+/** A Problem of size 0 with every option at its default. */
+export function newProblem(): Draft {
+  return {
+    batch: 0,
+    queryHeads: 0,
+    kvHeads: 0,
+    queryLength: 0,
+    keyLength: 0,
+    headDim: 0,
+    valueDim: 0,
+    layout: 0,
+    type: FLOAT32,
+    maskType: MASK_NONE,
+    maskBatch: 1,
+    maskHeads: 1,
+    maskQueries: 1,
+    maskKeys: 1,
+    isCausal: 0,
+    causalOffset: 0,
+    windowLeft: -1,
+    windowRight: -1,
+    scale: 0,
+    softcap: 0,
+    dropoutP: 0,
+    dropoutPlacement: 0,
+    dropoutBroadcast: 0,
+    seedLo: 0,
+    seedHi: 0,
+    offsetLo: 0,
+    offsetHi: 0,
+    batchOffset: 0,
+    headOffset: 0,
+    queryOffset: 0,
+    keyOffset: 0,
+    precision: 0,
+  };
+}
+
+/** query, key and value share one floating-point type. */
+function resolveTypes(problem: Draft, query: TensorView, key: TensorView, value: TensorView): void {
+  if (query.type === BOOL) {
+    throw invalidType('query', 'float32, float16 or bfloat16 elements', 'bool');
+  }
+  if (key.type !== query.type) throw wrongType('key', query, key);
+  if (value.type !== query.type) throw wrongType('value', query, value);
+  problem.type = query.type;
+}
+
+function wrongType(argument: string, query: TensorView, other: TensorView): Error {
+  const expected = `${TYPE_NAMES[query.type]} elements, as in query`;
+  return invalidType(argument, expected, TYPE_NAMES[other.type]);
+}
+
+/** Sizes from the shapes, which must fit each other and their data. */
+function resolveShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  enableGqa: boolean,
+): void {
+  checkRank(problem, 'query', query);
+  checkRank(problem, 'key', key);
+  checkRank(problem, 'value', value);
+  const heads = problem.layout === BSHD ? 2 : 1;
+  const length = problem.layout === BSHD ? 1 : 2;
+  const q = query.dims;
+  const k = key.dims;
+  const v = value.dims;
+  if (k[0] !== q[0] || k[3] !== q[3] || (k[heads] !== q[heads] && !enableGqa)) {
+    throw keyMismatch(problem, q, k, enableGqa);
+  }
+  if (q[heads] % k[heads] !== 0) {
+    throw shapeMismatch('key', `a head count that divides query's ${q[heads]}`, String(k[heads]));
+  }
+  if (v[0] !== k[0] || v[1] !== k[1] || v[2] !== k[2]) throw valueMismatch(k, v);
+  if (q[3] > LARGEST_HEAD_DIM) throw tooWide('query', 'headDim', q);
+  if (v[3] > LARGEST_HEAD_DIM) throw tooWide('value', 'valueDim', v);
+  problem.batch = q[0];
+  problem.queryHeads = q[heads];
+  problem.kvHeads = k[heads];
+  problem.queryLength = q[length];
+  problem.keyLength = k[length];
+  problem.headDim = q[3];
+  problem.valueDim = v[3];
+}
+
+function checkRank(problem: Problem, argument: string, view: TensorView): void {
+  if (view.dims.length !== 4) {
+    const axes =
+      problem.layout === BSHD ? '[batch, length, heads, dim]' : '[batch, heads, length, dim]';
+    throw shapeMismatch(argument, `4 axes, ${axes}`, formatShape(view.dims));
+  }
+}
+
+function keyMismatch(
+  problem: Problem,
+  q: readonly number[],
+  k: readonly number[],
+  enableGqa: boolean,
+): Error {
+  const heads = problem.layout === BSHD ? q[2] : q[1];
+  const kvHeads = enableGqa ? 'Hkv' : heads;
+  const shape = problem.layout === BSHD ? [q[0], 'Lk', kvHeads, q[3]] : [q[0], kvHeads, 'Lk', q[3]];
+  const expected = `${formatShape(shape)} to match query ${formatShape(q)}`;
+  const onlyHeadsDiffer = k[0] === q[0] && k[3] === q[3];
+  const hint = onlyHeadsDiffer ? '; heads may differ only with enableGqa: true' : '';
+  return shapeMismatch('key', expected, formatShape(k) + hint);
+}
+
+function valueMismatch(k: readonly number[], v: readonly number[]): Error {
+  const expected = `${formatShape([k[0], k[1], k[2], 'Dv'])} to match key ${formatShape(k)}`;
+  return shapeMismatch('value', expected, formatShape(v));
+}
+
+function tooWide(argument: string, name: string, dims: readonly number[]): Error {
+  return unsupported(argument, `a ${name} up to ${LARGEST_HEAD_DIM}`, formatShape(dims));
+}
+
+/** Mask sizes: broadcast from the right to [B, Hq, Lq, Lk]. */
+function resolveMask(problem: Draft, mask: TensorView): void {
+  if (mask.type !== BOOL && mask.type !== FLOAT32 && mask.type !== problem.type) {
+    const own = problem.type === FLOAT32 ? '' : ` or ${TYPE_NAMES[problem.type]}`;
+    throw invalidType('attnMask', `bool, float32${own} elements`, TYPE_NAMES[mask.type]);
+  }
+  problem.maskType = mask.type === BOOL ? MASK_BOOL : mask.type + 2;
+  const full = scoresShape(problem);
+  const { dims } = mask;
+  const missing = 4 - dims.length;
+  for (let axis = 0; axis < dims.length; axis++) {
+    if (missing < 0 || (dims[axis] !== 1 && dims[axis] !== full[missing + axis])) {
+      throw shapeMismatch(
+        'attnMask',
+        `a shape that broadcasts to ${formatShape(full)}`,
+        formatShape(dims),
+      );
+    }
+  }
+  if (missing < 1) problem.maskBatch = dims[-missing];
+  if (missing < 2) problem.maskHeads = dims[1 - missing];
+  if (missing < 3) problem.maskQueries = dims[2 - missing];
+  if (missing < 4) problem.maskKeys = dims[3 - missing];
+}
+
+/** [B, Hq, Lq, Lk]: of masks, scores and weights, in either layout. */
+export function scoresShape(problem: Problem): number[] {
+  return [problem.batch, problem.queryHeads, problem.queryLength, problem.keyLength];
+}
+
+/** Shape of the output in the call's layout. */
+function outputShape(p: Problem): number[] {
+  return p.layout === BSHD
+    ? [p.batch, p.queryLength, p.queryHeads, p.valueDim]
+    : [p.batch, p.queryHeads, p.queryLength, p.valueDim];
+}
+
+/** Scale and softcap: rounded to float32 here, so that every backend has the same number. */
+function resolveScores(problem: Draft, given: Given): void {
+  const { scale, softcap } = given;
+  problem.scale = Math.fround(
+    scale === undefined
+      ? 1 / Math.sqrt(problem.headDim)
+      : checkNumber('scale', scale, -LARGEST_FLOAT32, LARGEST_FLOAT32, 'a finite float32 number'),
+  );
+  if (softcap === undefined || softcap === 0) return;
+  const expected = '0 (off) or a positive finite float32 number';
+  problem.softcap = Math.fround(checkNumber('softcap', softcap, 0, LARGEST_FLOAT32, expected));
+  if (problem.softcap === 0) throw invalidValue('softcap', expected, describe(softcap));
+}
+
+/** Causal rule and window. Returns the offsets where each batch entry has its own. */
+function resolveVisibility(problem: Draft, given: Given): Int32Array | null {
+  const { isCausal, causalOffset, windowSize } = given;
+  problem.isCausal = checkBoolean('isCausal', isCausal, false) ? 1 : 0;
+  if (windowSize !== undefined) resolveWindow(problem, windowSize);
+  if (causalOffset === undefined) return null;
+  if (Array.isArray(causalOffset)) return readCausalOffsets(problem, causalOffset);
+  problem.causalOffset =
+    causalOffset === 'bottom-right'
+      ? problem.keyLength - problem.queryLength
+      : checkCausalOffset('causalOffset', causalOffset);
+  return null;
+}
+
+function checkCausalOffset(argument: string, value: unknown): number {
+  if (typeof value === 'number') {
+    return checkInteger(argument, value, SMALLEST_INT32, LARGEST_INT32);
+  }
+  const expected = 'an integer, an array of one for each batch entry, or "bottom-right"';
+  if (typeof value === 'string') throw invalidValue(argument, expected, describe(value));
+  throw invalidType(argument, expected, describe(value));
+}
+
+function readCausalOffsets(problem: Problem, values: readonly unknown[]): Int32Array {
+  if (values.length !== problem.batch) {
+    const expected = `one offset for each of ${problem.batch} batch entries`;
+    throw shapeMismatch('causalOffset', expected, String(values.length));
+  }
+  const offsets = allocateInt32(problem.batch);
+  for (let b = 0; b < offsets.length; b++) {
+    offsets[b] = checkInteger(`causalOffset[${b}]`, values[b], SMALLEST_INT32, LARGEST_INT32);
+  }
+  return offsets;
+}
+
+function resolveWindow(problem: Draft, windowSize: unknown): void {
+  if (!Array.isArray(windowSize)) {
+    throw invalidType('windowSize', 'an array [left, right]', describe(windowSize));
+  }
+  if (windowSize.length !== 2) {
+    throw invalidValue('windowSize', '[left, right]', describe(windowSize));
+  }
+  problem.windowLeft = checkReach('windowSize[0]', windowSize[0]);
+  problem.windowRight = checkReach('windowSize[1]', windowSize[1]);
+}
+
+/** How many keys are seen to one side; -1 is unlimited. */
+function checkReach(argument: string, value: unknown): number {
+  return checkInteger(argument, value, -1, LARGEST_INT32);
+}
+
+/** Checks a copy: the original may be shared with another thread. */
+function resolveKvLengths(problem: Problem, value: unknown): Int32Array | null {
+  if (value === undefined) return null;
+  if (!(value instanceof Int32Array)) {
+    throw invalidType('kvLengths', 'an Int32Array', describe(value));
+  }
+  if (value.length !== problem.batch) {
+    const expected = `one length for each of ${problem.batch} batch entries`;
+    throw shapeMismatch('kvLengths', expected, String(value.length));
+  }
+  const lengths = allocateInt32(problem.batch);
+  lengths.set(value);
+  for (let b = 0; b < lengths.length; b++) {
+    if (lengths[b] < 0 || lengths[b] > problem.keyLength) {
+      const expected = `a length from 0 to ${problem.keyLength}`;
+      throw invalidValue(`kvLengths[${b}]`, expected, String(lengths[b]));
+    }
+  }
+  return lengths;
+}
+
+/** Position of this call's part in the whole. */
+function resolveShard(problem: Draft, given: Given): void {
+  const { batchOffset, headOffset, queryOffset, keyOffset } = given;
+  if (batchOffset !== undefined) {
+    problem.batchOffset = checkPosition('batchOffset', batchOffset, problem.batch);
+  }
+  if (headOffset !== undefined) {
+    problem.headOffset = checkPosition('headOffset', headOffset, problem.queryHeads);
+  }
+  if (queryOffset !== undefined) {
+    problem.queryOffset = checkPosition('queryOffset', queryOffset, problem.queryLength);
+  }
+  if (keyOffset !== undefined) {
+    problem.keyOffset = checkPosition('keyOffset', keyOffset, problem.keyLength);
+  }
+}
+
+/** Coordinates of dropout decisions are unsigned 32-bit numbers. */
+export function checkPosition(argument: string, value: unknown, size: number): number {
+  return checkInteger(argument, value, 0, 2 ** 32 - size);
+}
+
+/** All of dropout but its seed. Returns whether anything is dropped. */
+function resolveDropout(problem: Draft, given: Given, keepMask: TensorView | null): boolean {
+  const { dropoutP, dropoutPlacement, dropoutBroadcast, training } = given;
+  problem.dropoutPlacement = checkWord('dropoutPlacement', dropoutPlacement, PLACEMENTS);
+  problem.dropoutBroadcast = checkWordList('dropoutBroadcast', dropoutBroadcast, BROADCAST_AXES);
+  const p = dropoutP === undefined ? 0 : checkProbability('dropoutP', dropoutP);
+  const isTraining = checkBoolean('training', training, false);
+  if (p > 0 && training === undefined) throw trainingNotStated(p);
+  if (keepMask !== null) checkKeepMask(problem, given, keepMask, p);
+  if (!isTraining || p === 0) return false;
+  problem.dropoutP = p;
+  return true;
+}
+
+/** A probability: a number from 0 to 1. */
+export function checkProbability(argument: string, value: unknown): number {
+  return checkNumber(argument, value, 0, 1, 'a probability from 0 to 1');
+}
+
+function trainingNotStated(p: number): Error {
+  return typeError(
+    `training: expected true or false because dropoutP is ${p}, got undefined. Dropout belongs ` +
+      'to training, and a call cannot know whether it trains: pass training: model.training',
+  );
+}
+
+/** Explicit decisions: they take the place of the random ones, so they exclude their options. */
+function checkKeepMask(problem: Problem, given: Given, keepMask: TensorView, p: number): void {
+  for (const name of ['seed', 'offset', 'generator', 'dropoutBroadcast'] as const) {
+    if (given[name] !== undefined) {
+      throw valueError(`${name}: expected none together with keepMask, which replaces it`);
+    }
+  }
+  if (p === 0) throw valueError('keepMask: expected dropoutP > 0 with it, got 0');
+  if (keepMask.type !== BOOL) {
+    throw invalidType('keepMask', 'bool elements (a Uint8Array)', TYPE_NAMES[keepMask.type]);
+  }
+  const expected = scoresShape(problem);
+  if (problem.dropoutPlacement === CONTEXT) expected[3] = problem.valueDim;
+  if (!sameShape(keepMask.dims, expected)) {
+    throw shapeMismatch('keepMask', formatShape(expected), formatShape(keepMask.dims));
+  }
+}
+
+/** Whether two shapes are equal. */
+export function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  if (a.length !== b.length) return false;
+  for (let i = 0; i < a.length; i++) if (a[i] !== b[i]) return false;
+  return true;
+}
+
+/** Seed and offset: explicit, or drawn, and only where they decide something. */
+function resolveSeed(problem: Draft, given: Given, isRandom: boolean): void {
+  const { seed, offset } = given;
+  const generator = checkGenerator('generator', given.generator);
+  if (generator !== undefined && (seed !== undefined || offset !== undefined)) {
+    const name = seed === undefined ? 'offset' : 'seed';
+    throw valueError(`${name}: expected none together with a generator, which gives both`);
+  }
+  if (seed === undefined) {
+    if (offset !== undefined) throw valueError('offset: expected a seed with it, got none');
+    if (isRandom) draw(generator, problem);
+    return;
+  }
+  const start = checkUint64('seed', seed);
+  const step = offset === undefined ? 0 : checkUint64('offset', offset);
+  if (isRandom) setSeed(problem, start, step);
+}
+
+/** Writes seed and offset as 32-bit halves. */
+export function setSeed(problem: Draft, seed: number | bigint, offset: number | bigint): void {
+  problem.seedLo = lowWord(seed);
+  problem.seedHi = highWord(seed);
+  problem.offsetLo = lowWord(offset);
+  problem.offsetHi = highWord(offset);
+}
+
+/** Which further results are wanted, as bits; their size must be a number. */
+function resolveOutputs(problem: Problem, outputs: unknown, isAllowed: boolean): number {
+  if (outputs === undefined) return 0;
+  if (!isAllowed) {
+    throw typeError('outputs: expected none, as only attentionForward returns them');
+  }
+  const bits = checkWordList('outputs', outputs, OUTPUT_NAMES);
+  if (bits > 1) elementCount('outputs', scoresShape(problem));
+  return bits;
+}
+
+/** The caller's tensor for the output: like the output, and apart from all inputs. */
+function readOut(
+  value: unknown,
+  problem: Problem,
+  outputDims: readonly number[],
+  inputs: readonly (TensorView | null)[],
+): FloatArray {
+  if (!isTensor(value)) throw invalidType('out', 'a Tensor', describe(value));
+  const out = readTensor('out', value);
+  if (out.type !== problem.type) {
+    throw invalidType('out', `type ${TYPE_NAMES[problem.type]}, as query`, TYPE_NAMES[out.type]);
+  }
+  if (!sameShape(out.dims, outputDims)) {
+    throw shapeMismatch('out', formatShape(outputDims), formatShape(out.dims));
+  }
+  checkLength('out', out);
+  for (let i = 0; i < inputs.length; i++) {
+    const input = inputs[i];
+    if (input !== null && overlaps(out.data, input.data)) {
+      throw valueError(`out: expected memory apart from ${INPUT_NAMES[i]}, got an overlap`);
+    }
+  }
+  return out.data as FloatArray;
+}
+
+const INPUT_NAMES = ['query', 'key', 'value', 'attnMask', 'keepMask'];
+
+function overlaps(a: TensorView['data'], b: TensorView['data']): boolean {
+  return (
+    a.buffer === b.buffer &&
+    a.byteOffset < b.byteOffset + b.byteLength &&
+    b.byteOffset < a.byteOffset + a.byteLength
+  );
+}

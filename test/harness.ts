@@ -1,0 +1,255 @@
+// Runs one problem on one backend and compares what came back with a reference and its error budget.
+import { expect } from 'vitest';
+import {
+  type AttentionOptions,
+  type AttentionResult,
+  attentionForwardSync,
+  backendInfo,
+  setNumThreads,
+  Tensor,
+  type TensorLike,
+} from '../lib/index';
+import { type NamedCase, namedTensors, swapAxes } from './cases';
+import { decodeHalf, encodeHalf, roundToHalf } from './half';
+import {
+  type Bounded,
+  type ReferenceOptions,
+  type ReferenceResult,
+  type ReferenceTensor,
+  reference,
+  type Storage,
+} from './reference';
+
+export type Layout = 'bhsd' | 'bshd';
+
+/** One way to compute: a backend by its full name and the number of threads it may use. */
+export interface Runner {
+  readonly backend: string;
+  readonly threads: number;
+  readonly name: string;
+}
+
+/** Every backend that this machine can run, best first, the JavaScript one last. */
+export const BACKENDS: readonly string[] = backendInfo()
+  .tried.filter((t) => t.ok)
+  .map((t) => t.backend);
+
+export const NATIVE_BACKENDS = BACKENDS.filter((name) => name !== 'js');
+
+/** Every backend, the native ones with each of these thread counts. */
+export const RUNNERS: readonly Runner[] = BACKENDS.flatMap((backend) =>
+  (backend === 'js' ? [1] : [1, 2, 5]).map((threads) => runner(backend, threads)),
+);
+
+export function runner(backend: string, threads = 1): Runner {
+  return { backend, threads, name: backend === 'js' ? 'js' : `${backend} x${threads}` };
+}
+
+/** A problem in [batch, heads, length, dim]; the values are representable in `type`. */
+export interface Call {
+  readonly query: ReferenceTensor;
+  readonly key: ReferenceTensor;
+  readonly value: ReferenceTensor;
+  readonly gradOutput?: ReferenceTensor;
+  readonly options: ReferenceOptions;
+  readonly type?: Storage;
+  readonly maskType?: Storage;
+  readonly layout?: Layout;
+}
+
+export const EVERY_OUTPUT = ['lse', 'scores', 'weights', 'droppedWeights'] as const;
+
+/** What a run gave, as numbers in [batch, heads, length, dim]. */
+export interface Outcome {
+  readonly backend: string;
+  readonly output: Float64Array;
+  readonly lse: Float32Array;
+  readonly scores: Float32Array;
+  readonly weights: Float32Array;
+  readonly droppedWeights: Float32Array;
+  readonly gradQuery?: Float64Array;
+  readonly gradKey?: Float64Array;
+  readonly gradValue?: Float64Array;
+  readonly gradAttnMask?: Float64Array;
+}
+
+/** Rounds the values of a call to the types it will be stored in, so that the reference sees them. */
+export function representable(call: Call): Call {
+  const { type = 'float32', maskType = 'float32' } = call;
+  const { attnMask } = call.options;
+  const options = { ...call.options };
+  if (attnMask && !(attnMask.data instanceof Uint8Array)) {
+    options.attnMask = roundTensor(maskType, attnMask);
+  }
+  return {
+    ...call,
+    options,
+    query: roundTensor(type, call.query),
+    key: roundTensor(type, call.key),
+    value: roundTensor(type, call.value),
+    ...(call.gradOutput && { gradOutput: roundTensor(type, call.gradOutput) }),
+  };
+}
+
+function roundTensor(type: Storage, tensor: ReferenceTensor): ReferenceTensor {
+  const round = type === 'float32' ? Math.fround : (x: number) => roundToHalf(type, x);
+  return { dims: tensor.dims, data: Float64Array.from(tensor.data, round) };
+}
+
+/** A named case as a call. */
+export function namedCall(named: NamedCase): Call {
+  return representable({ ...namedTensors(named), options: named.options });
+}
+
+/** The reference's answer to a call. */
+export function expected(call: Call): ReferenceResult {
+  const { query, key, value, options, type, maskType } = call;
+  return reference(query, key, value, options, type, maskType);
+}
+
+/** Forward, and backward where the call has a gradient, on exactly the backend of `runner`. */
+export function run(runner: Runner, call: Call): Outcome {
+  return withThreads(runner.threads, () => {
+    const result = forward(runner.backend, call, { outputs: [...EVERY_OUTPUT] });
+    const { layout = 'bhsd' } = call;
+    const outcome = {
+      backend: result.backend,
+      output: logical(result.output, layout),
+      lse: float32(result.lse!),
+      scores: float32(result.scores!),
+      weights: float32(result.weights!),
+      droppedWeights: float32(result.droppedWeights!),
+    };
+    if (!call.gradOutput) return outcome;
+    const gradOutput = stored(call.gradOutput, call.type, layout);
+    const gradients = result.backwardSync(gradOutput);
+    return {
+      ...outcome,
+      gradQuery: logical(gradients.gradQuery, layout),
+      gradKey: logical(gradients.gradKey, layout),
+      gradValue: logical(gradients.gradValue, layout),
+      ...(gradients.gradAttnMask && { gradAttnMask: numbers(gradients.gradAttnMask) }),
+    };
+  });
+}
+
+/** attentionForwardSync on a named backend, with proof that this backend ran. */
+export function forward(
+  backend: string,
+  call: Call,
+  extra: Partial<AttentionOptions> = {},
+): AttentionResult {
+  const { layout = 'bhsd', type = 'float32' } = call;
+  const result = attentionForwardSync(
+    stored(call.query, type, layout),
+    stored(call.key, type, layout),
+    stored(call.value, type, layout),
+    { ...publicOptions(call), ...extra, backend: backend as AttentionOptions['backend'] },
+  );
+  expect(result.backend).toBe(backend);
+  return result;
+}
+
+/** The options of a call as a user of the package writes them. */
+export function publicOptions(call: Call): AttentionOptions {
+  const { attnMask, keepMask, kvLengths, ...rest } = call.options;
+  const dropout = (rest.dropoutP ?? 0) > 0 && rest.training === undefined;
+  return {
+    ...(rest as AttentionOptions),
+    ...(call.query.dims[1] !== call.key.dims[1] && { enableGqa: true }),
+    ...(call.layout && { layout: call.layout }),
+    ...(dropout && { training: true }),
+    ...(attnMask && { attnMask: storedMask(attnMask, call.maskType) }),
+    ...(kvLengths && { kvLengths: Int32Array.from(kvLengths) }),
+    ...(keepMask && { keepMask: { data: Uint8Array.from(keepMask.data), dims: keepMask.dims } }),
+  };
+}
+
+function storedMask(mask: ReferenceTensor, type?: Storage): TensorLike {
+  if (mask.data instanceof Uint8Array) return { data: mask.data, dims: mask.dims };
+  return stored(mask, type, 'bhsd');
+}
+
+/** A tensor as the package takes it: encoded, and with its axes in the order of `layout`. */
+export function stored(t: ReferenceTensor, type: Storage = 'float32', layout: Layout = 'bhsd') {
+  const { data, dims } = layout === 'bshd' ? swapAxes(t) : t;
+  if (type === 'float32') return { data: Float32Array.from(data), dims };
+  return { data: Uint16Array.from(data, (x: number) => encodeHalf(type, x)), dims, type };
+}
+
+/** The numbers of a tensor of the package, back in [batch, heads, length, dim]. */
+export function logical(tensor: Tensor, layout: Layout = 'bhsd'): Float64Array {
+  const data = numbers(tensor);
+  return layout === 'bshd' ? swapAxes({ data, dims: tensor.dims }).data : data;
+}
+
+/** The numbers of a tensor in their stored order. */
+export function numbers(tensor: Tensor): Float64Array {
+  expect(tensor).toBeInstanceOf(Tensor);
+  const { type, data } = tensor;
+  if (type === 'float16' || type === 'bfloat16') {
+    return Float64Array.from(data, (x: number) => decodeHalf(type, x));
+  }
+  return Float64Array.from(data);
+}
+
+function float32(tensor: Tensor): Float32Array {
+  expect(tensor.data).toBeInstanceOf(Float32Array);
+  return tensor.data as Float32Array;
+}
+
+/** Runs `work` with a number of threads and puts the old number back. */
+export function withThreads<T>(threads: number, work: () => T): T {
+  const before = backendInfo().threads;
+  setNumThreads(threads);
+  try {
+    return work();
+  } finally {
+    setNumThreads(before);
+  }
+}
+
+/** Every element within its own budget; NaN and infinities must be where they are expected. */
+export function expectBounded(label: string, actual: ArrayLike<number>, expected: Bounded): void {
+  const { values, error } = expected;
+  expect(actual.length, `${label}: length`).toBe(values.length);
+  for (let i = 0; i < values.length; i++) {
+    if (Object.is(actual[i], values[i]) || Math.abs(actual[i] - values[i]) <= error[i]) continue;
+    expect.fail(`${label}[${i}] = ${actual[i]}, expected ${values[i]} within ${error[i]}`);
+  }
+}
+
+/** Every result of a run against the reference. */
+export function expectOutcome(call: Call, outcome: Outcome, want = expected(call)): void {
+  for (const name of ['output', ...EVERY_OUTPUT] as const) {
+    expectBounded(name, outcome[name], want[name]);
+  }
+  if (!call.gradOutput) return;
+  const gradients = want.backward(call.gradOutput.data);
+  for (const name of ['gradQuery', 'gradKey', 'gradValue'] as const) {
+    expectBounded(name, outcome[name]!, gradients[name]);
+  }
+  if (gradients.gradAttnMask) {
+    expectBounded('gradAttnMask', outcome.gradAttnMask!, gradients.gradAttnMask);
+  } else {
+    expect(outcome.gradAttnMask).toBeUndefined();
+  }
+}
+
+/** Bit for bit: NaN equals NaN, and -0 differs from 0. */
+export function expectSame(label: string, actual: ArrayLike<number>, wanted: ArrayLike<number>) {
+  expect(actual.length, `${label}: length`).toBe(wanted.length);
+  for (let i = 0; i < wanted.length; i++) {
+    if (Object.is(actual[i], wanted[i])) continue;
+    expect.fail(`${label}[${i}] = ${actual[i]}, not the same as ${wanted[i]}`);
+  }
+}
+
+/** Every array of two runs, bit for bit. */
+export function expectSameOutcome(actual: Outcome, wanted: Outcome): void {
+  const names = Object.keys(wanted).filter((name) => name !== 'backend') as (keyof Outcome)[];
+  expect(Object.keys(actual)).toEqual(Object.keys(wanted));
+  for (const name of names) {
+    expectSame(name, actual[name] as Float64Array, wanted[name] as Float64Array);
+  }
+}

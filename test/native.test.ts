@@ -1,0 +1,305 @@
+// The native addon: what it is told, which backend runs, what the environment chooses, and what happens
+// where it does not load.
+import { spawnSync } from 'node:child_process';
+import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, describe, expect, test, vi } from 'vitest';
+import { loadBinding } from '../lib/binding';
+import {
+  type AttentionOptions,
+  attentionForwardSync,
+  backendInfo,
+  setNumThreads,
+} from '../lib/index';
+import { encodeProblem, type Problem } from '../lib/problem-header';
+import { NAMED_CASES, namedTensors } from './cases';
+import { ROOT, runNode, runProgram } from './child';
+import { BACKENDS, expectSame, NATIVE_BACKENDS, stored } from './harness';
+import { keepDecisions } from './reference';
+
+const { version } = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'));
+const INFO = join(ROOT, 'test/programs/info.mjs');
+
+test('the addon is loaded: without it, this run has tested JavaScript alone', () => {
+  expect(loadBinding().error).toBeNull();
+  expect(NATIVE_BACKENDS).toContain('cpu:portable');
+});
+
+test('the fields of a Problem cross in the order of problem.h', () => {
+  const read: string[] = [];
+  const recorder = new Proxy({} as Problem, {
+    get: (_, name: string) => read.push(name),
+  });
+  const header = encodeProblem(recorder);
+  const snakeCase = (name: string) => name.replace(/[A-Z]/g, (x) => `_${x.toLowerCase()}`);
+  expect(read.map(snakeCase).join(',')).toBe(loadBinding().native!.problemFields);
+  // Every field in a place of its own, in the order of reading.
+  expect([...header]).toEqual(read.map((_, i) => i + 1));
+});
+
+test('the addon was built from this version', () => {
+  expect(loadBinding().native!.version).toBe(version);
+  expect(backendInfo().version).toBe(version);
+});
+
+describe('backendInfo', () => {
+  const info = backendInfo();
+
+  test('names what is selected, and why nothing better is', () => {
+    expect(info.tried.find(({ backend }) => backend === info.selected)).toMatchObject({ ok: true });
+    for (const { ok, reason, code } of info.tried) {
+      if (ok) continue;
+      expect(reason).toBeTruthy();
+      expect(code).toMatch(/^ERR_SDPA_/);
+    }
+    expect(info.tried.at(-1)).toMatchObject({ backend: 'js', ok: true });
+    expect(info.binary).toMatch(/\.node$/);
+    expect(info.threads).toBeGreaterThanOrEqual(1);
+  });
+
+  test('selects the best native backend that this processor can run', () => {
+    if (process.arch !== 'x64' || process.platform !== 'linux') return;
+    const line = readFileSync('/proc/cpuinfo', 'utf8').match(/^flags\s*:(.*)$/m)!;
+    const flags = line[1].split(' ');
+    const needed: [string, string[]][] = [
+      ['cpu:avx512', ['avx512f', 'avx512dq', 'avx512bw', 'avx512vl', 'avx2', 'fma', 'f16c']],
+      ['cpu:avx2', ['avx2', 'fma', 'f16c']],
+      ['cpu:portable', []],
+    ];
+    const runnable = needed.filter(([, all]) => all.every((flag) => flags.includes(flag)));
+    expect(NATIVE_BACKENDS).toEqual(runnable.map(([name]) => name));
+    expect(info.selected).toBe(BACKENDS[0]);
+  });
+});
+
+describe('a backend that is named is the one that runs', () => {
+  const [named] = NAMED_CASES;
+  const { query, key, value } = namedTensors(named);
+  const selected = (backend: string) =>
+    attentionForwardSync(stored(query), stored(key), stored(value), {
+      backend: backend as AttentionOptions['backend'],
+    }).backend;
+
+  test.each(BACKENDS)('%s', (backend) => expect(selected(backend)).toBe(backend));
+
+  test('cpu and auto mean the best', () => {
+    expect(selected('cpu')).toBe(NATIVE_BACKENDS[0]);
+    expect(selected('auto')).toBe(backendInfo().selected);
+  });
+});
+
+/** What the library does as a new process would load it, with other environment variables. */
+async function withEnvironment<T>(
+  env: Record<string, string>,
+  use: (library: typeof import('../lib/index')) => T,
+): Promise<T> {
+  const before = { ...process.env };
+  vi.resetModules();
+  Object.assign(process.env, env);
+  try {
+    return use(await import('../lib/index'));
+  } finally {
+    for (const name of Object.keys(env)) delete process.env[name];
+    Object.assign(process.env, before);
+    vi.resetModules();
+  }
+}
+
+describe('setNumThreads', () => {
+  test('is read back, and refuses what is no number of threads', () => {
+    const before = backendInfo().threads;
+    setNumThreads(3);
+    expect(backendInfo().threads).toBe(3);
+    for (const wrong of [0, -1, 1.5, Number.NaN, Infinity, 1e9]) {
+      expect(() => setNumThreads(wrong)).toThrow(
+        expect.objectContaining({ name: 'RangeError', code: 'ERR_SDPA_INVALID_ARG_VALUE' }),
+      );
+    }
+    expect(() => setNumThreads('2' as unknown as number)).toThrow(
+      expect.objectContaining({ name: 'TypeError', code: 'ERR_SDPA_INVALID_ARG_TYPE' }),
+    );
+    expect(backendInfo().threads).toBe(3);
+    setNumThreads(before);
+  });
+});
+
+describe('the environment', () => {
+  test.each([
+    ...BACKENDS.map((backend): [Record<string, string>, string] => [
+      { SDPA_BACKEND: backend },
+      backend,
+    ]),
+    [{ SDPA_BACKEND: 'cpu' }, NATIVE_BACKENDS[0]],
+    [{ SDPA_BACKEND: 'auto' }, BACKENDS[0]],
+    [{ SDPA_BACKEND: '' }, BACKENDS[0]],
+    [{ SDPA_CPU_ISA: 'portable' }, 'cpu:portable'],
+    [{ SDPA_CPU_ISA: 'portable', SDPA_BACKEND: 'cpu' }, 'cpu:portable'],
+  ])('%o selects %s', async (env, backend) => {
+    const result = await runProgram('info', { env });
+    expect(result.backend).toBe(backend);
+    expect(result.info.selected).toBe(backend);
+    const selected = await withEnvironment(env, (library) => library.backendInfo().selected);
+    expect(selected).toBe(backend);
+  });
+
+  test('a backend that cannot run here is named, not replaced', async () => {
+    const info = await withEnvironment({ SDPA_BACKEND: 'cuda' }, (library) =>
+      library.backendInfo(),
+    );
+    expect(info).toMatchObject({ selected: null, isa: null });
+  });
+
+  test.each(BACKENDS)(
+    'dropoutMask is computed by SDPA_BACKEND=%s, with the same bits',
+    async (backend) => {
+      const dims = [2, 3, 5, 77] as const;
+      const spec = {
+        p: 0.3,
+        placement: 'weights',
+        seed: 7n,
+        offset: 2n,
+        broadcast: ['head'],
+      } as const;
+      const env = { SDPA_BACKEND: backend };
+      const mask = await withEnvironment(env, (library) => library.dropoutMask(dims, spec));
+      expectSame('mask', mask, keepDecisions(dims, spec));
+      const context = await withEnvironment(env, (library) =>
+        library.dropoutMask(dims, { ...spec, placement: 'context' }),
+      );
+      expectSame('mask', context, keepDecisions(dims, { ...spec, placement: 'context' }));
+    },
+  );
+
+  test('SDPA_NUM_THREADS sets the threads and leaves the bits alone', async () => {
+    const [one, three] = await Promise.all([
+      runProgram('info', { env: { SDPA_NUM_THREADS: '1' } }),
+      runProgram('info', { env: { SDPA_NUM_THREADS: '3' } }),
+    ]);
+    expect(one.info.threads).toBe(1);
+    expect(three.info.threads).toBe(3);
+    expect(three.hash).toBe(one.hash);
+  });
+
+  test.each([
+    [{ SDPA_BACKEND: 'cuda' }, 'ERR_SDPA_BACKEND_UNAVAILABLE', 'cuda'],
+    [{ SDPA_BACKEND: 'gpu' }, 'ERR_SDPA_INVALID_ARG_VALUE', 'SDPA_BACKEND: expected'],
+    [{ SDPA_BACKEND: 'cpu:avx1024' }, 'ERR_SDPA_INVALID_ARG_VALUE', 'SDPA_BACKEND: expected'],
+    [{ SDPA_CPU_ISA: 'neon' }, 'ERR_SDPA_BACKEND_UNAVAILABLE', 'neon'],
+    [{ SDPA_CPU_ISA: 'sse9' }, 'ERR_SDPA_INVALID_ARG_VALUE', 'SDPA_CPU_ISA: expected'],
+    [{ SDPA_NUM_THREADS: 'many' }, 'ERR_SDPA_INVALID_ARG_VALUE', 'SDPA_NUM_THREADS: expected'],
+    [{ SDPA_NUM_THREADS: '0' }, 'ERR_SDPA_INVALID_ARG_VALUE', 'SDPA_NUM_THREADS: expected'],
+  ])('%o is an error that says so', async (env, code, fragment) => {
+    const thrown = await withEnvironment(env as Record<string, string>, (library) => {
+      const tensor = { data: new Float32Array(1), dims: [1, 1, 1, 1] };
+      try {
+        return library.scaledDotProductAttentionSync(tensor, tensor, tensor);
+      } catch (error) {
+        return error;
+      }
+    });
+    expect(thrown).toMatchObject({ code, message: expect.stringContaining(fragment) });
+    const finished = await runNode({ args: [INFO], env: env as Record<string, string> });
+    expect(finished).toMatchObject({ status: 1, signal: null });
+    expect(finished.stderr).toContain(code);
+    expect(finished.stderr).toContain(fragment);
+  });
+});
+
+/** The emulator that shows this processor's programs an older one, where it is installed. */
+const hasEmulator = process.arch === 'x64' && spawnSync('qemu-x86_64', ['--version']).status === 0;
+if (!hasEmulator) console.log('skipped: an emulated processor without AVX2 (no qemu-x86_64 here)');
+
+if (hasEmulator) {
+  test('a processor without AVX2 runs the portable kernels, and no illegal instruction', () => {
+    const args = ['-cpu', 'Nehalem', process.execPath, '--jitless', INFO];
+    const { status, stdout } = spawnSync('qemu-x86_64', args, { cwd: ROOT, encoding: 'utf8' });
+    expect(status).toBe(0);
+    const { backend, info } = JSON.parse(stdout);
+    expect(backend).toBe('cpu:portable');
+    expect(info.tried).toContainEqual(expect.objectContaining({ backend: 'cpu:avx2', ok: false }));
+  });
+}
+
+describe('a binary that does not load', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'node-sdpa-test-'));
+  afterAll(() => rmSync(folder, { recursive: true }));
+
+  /** A package root that holds `content` in place of the addon. */
+  function rootWith(name: string, content: Buffer | string | null): Record<string, string> {
+    const root = join(folder, name);
+    mkdirSync(join(root, 'build/Release'), { recursive: true });
+    if (content !== null) writeFileSync(join(root, 'build/Release/node_sdpa.node'), content);
+    return { NODE_SDPA_PREBUILD: root };
+  }
+
+  const genuine = readFileSync(loadBinding().path!);
+
+  /** The genuine addon with one text in it replaced by another of the same length. */
+  function altered(text: string, other: string): Buffer {
+    const at = genuine.indexOf(text);
+    expect(at, text).toBeGreaterThan(0);
+    const copy = Buffer.from(genuine);
+    copy.write(other, at, 'latin1');
+    return copy;
+  }
+
+  const version9 = altered(`\0${version}\0`, '\x009.');
+  const failures: [string, Record<string, string>, RegExp][] = [
+    ['is missing', rootWith('missing', null), /No native build was found/],
+    ['is empty', rootWith('empty', ''), /too short|not a valid|no suitable image/i],
+    ['is cut off', rootWith('cut', genuine.subarray(0, 100)), /cannot read|too short|not a valid/i],
+    ['is a text', rootWith('text', 'text '.repeat(1000)), /invalid ELF|not a valid|not a mach-o/i],
+    ['is of another version', rootWith('version', version9), /version 9\./],
+    [
+      'has other fields',
+      rootWith('fields', altered(',query_heads', ',query_hands')),
+      /other fields/,
+    ],
+  ];
+
+  test.each(failures)(
+    '%s: JavaScript computes, and backendInfo says why',
+    async (_, env, reason) => {
+      const result = await runProgram('info', { env });
+      expect(result.backend).toBe('js');
+      expect(result.info).toMatchObject({ selected: 'js', isa: null, threads: 1 });
+      const passedOver = result.info.tried.find(
+        ({ ok, backend }: { ok: boolean; backend: string }) => {
+          return !ok && backend.startsWith('cpu');
+        },
+      );
+      expect(passedOver.code).toBe('ERR_SDPA_LOAD_FAILED');
+      expect(passedOver.reason).toMatch(reason);
+      const js = await runProgram('info', { env: { SDPA_BACKEND: 'js' } });
+      const here = await withEnvironment(env, (library) => library.backendInfo());
+      expect(here).toMatchObject({ selected: 'js', tried: result.info.tried });
+      expect(result.hash).toBe(js.hash);
+    },
+  );
+
+  test.each(failures)(
+    '%s: a native backend that is asked for is an error',
+    async (_, env, reason) => {
+      const tensor = { data: new Float32Array(1), dims: [1, 1, 1, 1] };
+      const named = { backend: 'cpu' } as const;
+      const rejected = await withEnvironment(env, (library) => {
+        return library.attentionForward(tensor, tensor, tensor, named).catch((error) => error);
+      });
+      expect(rejected).toMatchObject({ message: expect.stringMatching(reason) });
+      const finished = await runNode({ args: [INFO], env: { ...env, SDPA_BACKEND: 'cpu' } });
+      expect(finished).toMatchObject({ status: 1, signal: null });
+      expect(finished.stderr).toMatch(/ERR_SDPA_(BACKEND_UNAVAILABLE|LOAD_FAILED)/);
+      expect(finished.stderr).toMatch(reason);
+    },
+  );
+
+  test('a copy of the genuine one loads from there', async () => {
+    const env = rootWith('copy', null);
+    const path = join(env.NODE_SDPA_PREBUILD, 'build/Release/node_sdpa.node');
+    copyFileSync(loadBinding().path!, path);
+    const { info, backend } = await runProgram('info', { env });
+    expect(info.binary).toBe(path);
+    expect(backend).toBe(BACKENDS[0]);
+  });
+});

@@ -1,0 +1,28 @@
+// The built package as its users load it: import and require, and what it keeps in memory.
+import { describe, expect, test } from 'vitest';
+import * as library from '../lib/index';
+import { runProgram } from './child';
+import { BACKENDS } from './harness';
+
+test('import and require give the same names, classes and state', async () => {
+  const { imported, required, sameTensor, seed } = await runProgram('both');
+  expect(required).toEqual(Object.keys(library).sort());
+  expect(imported).toEqual(required);
+  expect(sameTensor).toBe(true);
+  expect(seed).toBe('11');
+});
+
+describe.each(BACKENDS)('%s, memory', (backend) => {
+  const env = { SDPA_BACKEND: backend };
+  const MB = 2 ** 20;
+
+  test('does not grow with the number of calls', async () => {
+    const { growth } = await runProgram('memory', { env, args: ['many calls'] });
+    expect(growth).toBeLessThan(400 * MB);
+  });
+
+  test('grows with the length, not with its square', async () => {
+    const { growth } = await runProgram('memory', { env, args: ['long sequences'] });
+    expect(growth).toBeLessThan(150 * MB);
+  });
+});

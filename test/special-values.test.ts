@@ -1,0 +1,166 @@
+// NaN and infinity go where they are seen and nowhere else; rows without keys are zeros.
+import { describe, expect, test } from 'vitest';
+import { namedTensors } from './cases';
+import {
+  BACKENDS,
+  expectOutcome,
+  expectSame,
+  expectSameOutcome,
+  representable,
+  run,
+  runner,
+} from './harness';
+import type { Placement, ReferenceOptions, ReferenceTensor } from './reference';
+
+// 19 queries in 4 rows of heads, 37 keys, dims 16 and 24; two query heads share one of the keys.
+const shape = [2, 2, 1, 19, 37, 16, 24] as const;
+const base = namedTensors({ name: '', seed: 91, shape, options: {} });
+const poisons = [Number.NaN, Infinity, -Infinity];
+
+describe.each(BACKENDS)('%s, NaN and infinity where they are not seen', (backend) => {
+  const hidden: [string, ReferenceOptions, number[]][] = [
+    ['kvLengths', { kvLengths: [30, 30] }, [30, 33, 36]],
+    ['causal', { isCausal: true }, [19, 25, 36]],
+    ['window', { windowSize: [3, 2] }, [22, 36]],
+    ['boolean mask', { attnMask: maskHiding([5, 36], 1, 0) }, [5, 36]],
+    ['bias of -inf', { attnMask: maskHiding([0, 17], 0.5, -Infinity) }, [0, 17]],
+    ['dropped scores', droppedKeys('scores', [7, 8]), [7, 8]],
+  ];
+
+  test.each(hidden)('change nothing: %s', (_, options, rows) => {
+    const clean = run(runner(backend), representable({ ...base, options }));
+    for (const poison of poisons) {
+      const key = poisoned(base.key, rows, poison);
+      const value = poisoned(base.value, rows, poison);
+      const outcome = run(runner(backend), representable({ ...base, key, value, options }));
+      // The scores of dropped keys are shown as they are before dropout.
+      const shown = options.dropoutPlacement === 'scores' ? clean.scores : outcome.scores;
+      expectSameOutcome({ ...outcome, scores: shown }, clean);
+    }
+  });
+
+  test('nor does a value whose weight is dropped', () => {
+    const options = droppedKeys('weights', [7, 8]);
+    const clean = run(runner(backend), representable({ ...base, options }));
+    for (const poison of poisons) {
+      const value = poisoned(base.value, [7, 8], poison);
+      const outcome = run(runner(backend), representable({ ...base, value, options }));
+      expectSameOutcome(outcome, clean);
+    }
+  });
+});
+
+describe.each(BACKENDS)('%s, NaN and infinity where they are seen', (backend) => {
+  test.each(['key', 'value', 'query'] as const)(
+    'reach every row that sees them, and no other: %s',
+    (name) => {
+      for (const poison of poisons) {
+        const rows = name === 'query' ? [4] : [11];
+        const input = poisoned(base[name], rows, poison);
+        const options = { isCausal: true, causalOffset: 0 };
+        const call = representable({ ...base, [name]: input, options });
+        const outcome = run(runner(backend), call);
+        expectOutcome(call, outcome);
+        for (let i = 0; i < 19; i++) {
+          const sees = name === 'query' ? i === 4 : i >= 11;
+          expect(Number.isFinite(outcome.output[i * 24]), `row ${i}`).toBe(!sees);
+        }
+      }
+    },
+  );
+
+  test('an infinite score is an excluded key or a NaN row, by its sign', () => {
+    // One channel of one key: its sign and the query's decide.
+    const data = Float64Array.from(base.key.data);
+    data[11 * 16 + 3] = Infinity;
+    const call = representable({ ...base, key: { ...base.key, data }, options: {} });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    for (let i = 0; i < 19; i++) {
+      const isExcluded = base.query.data[i * 16 + 3] < 0;
+      expect(Number.isNaN(outcome.lse[i]), `row ${i}`).toBe(!isExcluded);
+      if (isExcluded) expect(outcome.weights[i * 37 + 11]).toBe(0);
+    }
+  });
+
+  test.each([Infinity, Number.NaN])('a bias of %d makes its rows NaN, and no others', (bias) => {
+    const data = new Float64Array(19 * 37).map((_, at) => (at === 5 * 37 + 7 ? bias : 0.5));
+    const options = { attnMask: { data, dims: [19, 37] } };
+    const call = representable({ ...base, options });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    for (let row = 0; row < outcome.lse.length; row++) {
+      expect(Number.isNaN(outcome.lse[row]), `row ${row}`).toBe(row % 19 === 5);
+    }
+  });
+
+  test('a NaN gradient stays with the keys that its row sees', () => {
+    const gradOutput = poisoned(base.gradOutput, [3], Number.NaN);
+    const options = { isCausal: true };
+    const clean = run(runner(backend), representable({ ...base, options }));
+    const { gradValue, gradKey, gradQuery } = run(
+      runner(backend),
+      representable({ ...base, gradOutput, options }),
+    );
+    // Keys 0 to 3 are seen by row 3, in each of the two batches of one key/value head.
+    for (let j = 0; j < 37; j++) {
+      expect(Number.isNaN(gradValue![j * 24]), `gradValue ${j}`).toBe(j <= 3);
+      expect(Number.isNaN(gradKey![j * 16]), `gradKey ${j}`).toBe(j <= 3);
+    }
+    const others = (data: Float64Array) => data.filter((_, at) => Math.floor(at / 16) % 19 !== 3);
+    expectSame('gradQuery', others(gradQuery!), others(clean.gradQuery!));
+  });
+});
+
+/** NaN or infinity in whole rows of a [batch, heads, length, dim] tensor. */
+function poisoned(t: ReferenceTensor, rows: number[], poison: number): ReferenceTensor {
+  const [, , length, width] = t.dims;
+  const inRows = (at: number) => rows.includes(Math.floor(at / width) % length);
+  return { ...t, data: Float64Array.from(t.data, (x, at) => (inRows(at) ? poison : x)) };
+}
+
+/** A mask over keys alone: `hide` at some, `show` at the others. */
+function maskHiding(keys: number[], show: number, hide: number): ReferenceTensor {
+  const values = Array.from({ length: 37 }, (_, j) => (keys.includes(j) ? hide : show));
+  return { data: hide === 0 ? Uint8Array.from(values) : Float64Array.from(values), dims: [37] };
+}
+
+/** Explicit decisions that drop some keys of every row. */
+function droppedKeys(dropoutPlacement: Placement, keys: number[]): ReferenceOptions {
+  const data = Uint8Array.from({ length: 2 * 2 * 19 * 37 }, (_, at) =>
+    keys.includes(at % 37) ? 0 : 1,
+  );
+  return { dropoutP: 0.25, dropoutPlacement, keepMask: { data, dims: [2, 2, 19, 37] } };
+}
+
+describe.each(BACKENDS)('%s, rows without keys', (backend) => {
+  const shape = [2, 2, 2, 9, 17, 8, 12] as const;
+  const base = namedTensors({ name: '', seed: 92, shape, options: {} });
+  const dead: [string, ReferenceOptions][] = [
+    ['kvLengths of 0', { kvLengths: [0, 0] }],
+    ['a negative causal offset', { isCausal: true, causalOffset: -9 }],
+    ['a window beyond the keys', { windowSize: [0, 0], causalOffset: 40 }],
+    ['a boolean mask', { attnMask: { data: new Uint8Array(17), dims: [17] } }],
+    ['a bias', { attnMask: { data: new Float64Array(17).fill(-Infinity), dims: [17] } }],
+    ['dropped scores', { dropoutP: 1, dropoutPlacement: 'scores' }],
+  ];
+
+  test.each(dead)('give zeros, lse = -inf and zero gradients: %s', (_, options) => {
+    const outcome = run(runner(backend), representable({ ...base, options }));
+    expect(outcome.lse.every((x) => x === -Infinity)).toBe(true);
+    for (const name of [
+      'output',
+      'weights',
+      'droppedWeights',
+      'gradQuery',
+      'gradKey',
+      'gradValue',
+    ] as const) {
+      expect(
+        outcome[name]!.every((x) => x === 0),
+        name,
+      ).toBe(true);
+    }
+    if (outcome.gradAttnMask) expect(outcome.gradAttnMask.every((x) => x === 0)).toBe(true);
+  });
+});

@@ -1,0 +1,105 @@
+// Builds the addon: with CMake (through cmake-js) or, where there is no CMake, with node-gyp.
+import { spawnSync } from 'node:child_process';
+import { cpSync, existsSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+export const root = path.dirname(path.dirname(fileURLToPath(import.meta.url)));
+
+/** What a C++ build needs, by the names that each system's package manager knows. */
+const PACKAGES = [
+  ['Debian, Ubuntu', 'apt-get install g++ make cmake'],
+  ['Fedora, RHEL', 'dnf install gcc-c++ libstdc++-static make cmake'],
+  ['Alpine', 'apk add g++ make cmake linux-headers'],
+  ['macOS', 'xcode-select --install    (and: brew install cmake)'],
+  ['Windows', 'winget install Kitware.CMake Microsoft.VisualStudio.2022.BuildTools'],
+  ['', '(with the workload "Desktop development with C++")'],
+];
+
+/** @param {string} missing what was not found */
+export function compilerAdvice(missing) {
+  const rows = PACKAGES.map(([system, command]) => `  ${(system ?? '').padEnd(15)} ${command}`);
+  return [`The native addon needs a C++17 compiler: ${missing}.`, ...rows].join('\n');
+}
+
+/**
+ * Runs a program and gives its status and what it printed.
+ * @param {string} program
+ * @param {string[]} args
+ * @param {{cwd?: string, env?: NodeJS.ProcessEnv, print?: boolean}} [options]
+ */
+export function run(program, args, { cwd = root, env = process.env, print = false } = {}) {
+  const stdio = print ? 'inherit' : 'pipe';
+  const limits = { maxBuffer: 1 << 28, encoding: /** @type {const} */ ('utf8') };
+  const result = spawnSync(program, args, { cwd, env, stdio, ...limits });
+  const output = `${result.stdout ?? ''}${result.stderr ?? ''}${result.error?.message ?? ''}`;
+  return { ok: result.status === 0, status: result.status ?? 1, output };
+}
+
+/** @param {string} program */
+function has(program) {
+  return run(program, ['--version']).ok;
+}
+
+/** The build system to use here, or why there is none. */
+export function findBuildSystem() {
+  const onWindows = process.platform === 'win32'; // Visual Studio is found by the build systems
+  const compilers = [process.env.CXX, 'c++', 'g++', 'clang++'];
+  if (!onWindows && !compilers.some((name) => name && has(name))) {
+    return { name: null, missing: 'none was found (c++, g++ or clang++)' };
+  }
+  const hasMake = onWindows || has('make');
+  if (has('cmake') && (hasMake || has('ninja'))) return { name: 'cmake', missing: '' };
+  if (hasMake && (has('python3') || has('python'))) return { name: 'node-gyp', missing: '' };
+  return { name: null, missing: 'there is one, but neither CMake with make, nor Python with make' };
+}
+
+/** @param {string} name of a development dependency's program */
+function programPath(name) {
+  const paths = { 'cmake-js': 'cmake-js/bin/cmake-js', 'node-gyp': 'node-gyp/bin/node-gyp.js' };
+  return path.join(root, 'node_modules', paths[/** @type {keyof typeof paths} */ (name)]);
+}
+
+/**
+ * Copies the checkout to try something that must not touch this one: all but what is generated.
+ * @param {string} folder
+ */
+export function copyCheckout(folder) {
+  const generated = /^(node_modules|build.*|dist|prebuilds|out|coverage|\.git)$/;
+  const filter = (/** @type {string} */ file) => !generated.test(path.relative(root, file));
+  cpSync(root, folder, { recursive: true, preserveTimestamps: true, filter });
+  symlinkSync(path.join(root, 'node_modules'), path.join(folder, 'node_modules'), 'junction');
+}
+
+/**
+ * Builds <folder>/build/Release/node_sdpa.node with CMake.
+ * @param {string} folder
+ * @param {string[]} [settings] CMake cache entries, such as SDPA_SANITIZE=address
+ */
+export function buildWithCmake(folder, settings = []) {
+  const args = [programPath('cmake-js'), 'compile', '--directory', root];
+  args.push('--out', path.join(folder, 'build'), ...settings.map((entry) => `--CD${entry}`));
+  return run(process.execPath, args);
+}
+
+/**
+ * Builds <folder>/build/Release/node_sdpa.node with node-gyp; a folder other than the root gets a
+ * copy of the sources, because node-gyp builds only beside binding.gyp.
+ * @param {string} folder
+ */
+export function buildWithGyp(folder) {
+  if (path.resolve(folder) !== root) {
+    rmSync(folder, { recursive: true, force: true });
+    mkdirSync(folder, { recursive: true });
+    for (const name of ['native', 'binding.gyp', 'package.json']) {
+      cpSync(path.join(root, name), path.join(folder, name), { recursive: true });
+    }
+    symlinkSync(path.join(root, 'node_modules'), path.join(folder, 'node_modules'), 'junction');
+  }
+  const args = [programPath('node-gyp'), 'rebuild'];
+  // An installed Node brings its headers: no download then.
+  const prefix = path.dirname(path.dirname(process.execPath));
+  const hasHeaders = existsSync(path.join(prefix, 'include', 'node', 'node_version.h'));
+  if (hasHeaders) args.push(`--nodedir=${prefix}`);
+  return run(process.execPath, args, { cwd: folder });
+}
