@@ -3,7 +3,7 @@
 //
 // content(token)     sum over the token's letter triples of Gaussian vectors seeded by their hash,
 //                    of length 1: the same words are equal, similar words are close.
-// position(i)        the sinusoids of "Attention Is All You Need", of length 1: neighbours are close.
+// position(i)        sinusoids as in "Attention Is All You Need", of length 1: near is close.
 // query, key, value  a head mixes content and position, projected by the head's Gaussian matrix.
 
 export const HEAD_DIM = 32;

@@ -26,7 +26,8 @@ const DROPPED = { cross: '#d9481c', cell: '#fce4da' };
 const WEIGHT_COLORS = ['#eef3f8', '#bcd3e8', '#6fa3cc', '#2b6ca3', '#0d2f57'];
 const CHANNEL_COLORS = ['#7a4b0a', '#dcae62', '#f4f1ea', '#7fbcae', '#064e43'];
 const PLACEMENT_COLORS = { weights: '#2b6ca3', context: '#0b8a74', scores: '#d9481c' };
-const CELL = 15;
+/** Length of a matrix's side with so many cells; a few cells are drawn large. */
+const sideOf = (/** @type {number} */ cells) => cells * Math.max(15, 220 / cells);
 
 const CONFIG = {
   background: PAPER,
@@ -133,8 +134,8 @@ function cells({ title, subtitle, tokens, columns, valueAt, isDropped }, look) {
   const onlyDropped = [{ filter: 'datum.isDropped' }];
   return {
     title: { text: title, subtitle },
-    width: columns * CELL,
-    height: tokens.length * CELL,
+    width: sideOf(columns),
+    height: sideOf(tokens.length),
     data: { values },
     encoding: {
       x: { field: 'column', type: 'ordinal', scale: band, ...look.x },
@@ -167,7 +168,7 @@ export function unbiasednessChart(courses) {
     title: {
       text: 'Dropout of scores is biased; of weights and of context it is not',
       subtitle: [
-        'Distance of the mean output over n seeds from the undropped output, relative to its length.',
+        'Distance of the mean over n seeds from the undropped output, relative to its length.',
         'An unbiased mean comes closer as 1/√n for ever; a biased one comes to rest at its bias.',
       ],
     },
