@@ -4,6 +4,7 @@ import { checkInteger } from './arguments';
 import { listCandidates, MOST_THREADS } from './backends';
 import { loadBinding, PACKAGE_VERSION } from './binding';
 import type { SdpaErrorCode } from './errors';
+import type { BackendName } from './problem';
 
 /**
  * One backend that was looked at, best first: usable, or passed over for a reason.
@@ -20,7 +21,7 @@ import type { SdpaErrorCode } from './errors';
  */
 export interface TriedBackend {
   /** A name for the option `backend` */
-  readonly backend: string;
+  readonly backend: BackendName;
   /** Whether it can compute here */
   readonly ok: boolean;
   /** `ERR_SDPA_BACKEND_UNAVAILABLE` or `ERR_SDPA_LOAD_FAILED`, where it cannot */
@@ -82,8 +83,8 @@ export function backendInfo(): BackendInfo {
     version: PACKAGE_VERSION,
     tried: candidates.map(({ name, error }) =>
       error === null
-        ? { backend: name, ok: true }
-        : { backend: name, ok: false, code: error.code, reason: error.message },
+        ? { backend: name as BackendName, ok: true }
+        : { backend: name as BackendName, ok: false, code: error.code, reason: error.message },
     ),
   };
 }

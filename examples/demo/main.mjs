@@ -35,8 +35,7 @@ try {
 
 /** @param {{title: string, tokens: string[]}} passage */
 async function demonstrate({ title, tokens }) {
-  const names = backendInfo().tried.flatMap(({ backend, ok }) => (ok ? [backend] : []));
-  const backends = /** @type {BackendName[]} */ (names);
+  const backends = backendInfo().tried.flatMap(({ backend, ok }) => (ok ? [backend] : []));
   const studied = tokens.slice(0, TOKENS.studied);
   const inputs = embed(studied);
   introduce(title, studied, backends);
