@@ -188,7 +188,7 @@ export const maskSpecs = fc
       fc.integer({ min: 1, max: 70 }),
     ),
     p: fc.oneof(
-      fc.constantFrom(1 / 65536, 0.5, 65535 / 65536),
+      fc.constantFrom(1e-9, 1 / 65536, 0.5, 65535 / 65536, 1 - 1e-9, 1),
       fc.double({ min: 0, max: 1, noNaN: true }),
     ),
     placement: fc.constantFrom<Placement>('weights', 'context', 'scores'),

@@ -1,4 +1,5 @@
-// Asynchronous calls: what callers do to their arrays meanwhile, aborting, the event loop, libuv's pool.
+// Asynchronous calls: what callers do to their arrays meanwhile, aborting, the event loop, libuv's
+// pool.
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import {
@@ -314,7 +315,7 @@ describe.each(EACH)('%s, out and dispose', (_, backend) => {
     expectSame('output', (await promise).data, wanted.data);
   });
 
-  test('dispose() of a result during backward does not disturb it; afterwards it is refused', async () => {
+  test('dispose() of a result during backward does not disturb it, and ends it', async () => {
     const [query, key, value, , gradOutput] = plainArrays();
     const result = await attentionForward(query, key, value, { backend });
     const wanted = result.backwardSync(gradOutput);

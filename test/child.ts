@@ -1,4 +1,5 @@
-// Runs programs in child processes, where a crash, an exit or an environment variable is theirs alone.
+// Runs programs in child processes, where a crash, an exit or an environment variable is theirs
+// alone.
 import { spawn } from 'node:child_process';
 import { join } from 'node:path';
 import { expect } from 'vitest';

@@ -1,4 +1,5 @@
-// The conformance cases on every backend and several thread counts, with a table of counts at the end.
+// The conformance cases on every backend and several thread counts, with a table of counts at the
+// end.
 import { relative } from 'node:path';
 import { afterAll, describe, expect, test } from 'vitest';
 import {
@@ -194,7 +195,9 @@ describe('random numbers', () => {
   }
 });
 
-/** The bits that a kernel used, read off its results: 32 keys of equal weight, 32 channels of one. */
+/**
+ * The bits that a kernel used, read off its results: 32 keys of equal weight, 32 channels of one.
+ */
 function keptByKernel(
   runner: Runner,
   dropoutPlacement: 'weights' | 'context' | 'scores',

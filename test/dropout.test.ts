@@ -1,4 +1,5 @@
-// Dropout: the bits that kernels use are the specified ones, forward and backward; edge rules; statistics.
+// Dropout: the bits that kernels use are the specified ones, forward and backward; edge rules;
+// statistics.
 import fc from 'fast-check';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { dropoutMask } from '../lib/index';

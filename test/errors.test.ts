@@ -1,5 +1,6 @@
-// Every error path of the public functions: class, code, the argument's name, what was expected and what
-// came; synchronous calls throw it, asynchronous ones reject with it, and `out` stays as it was.
+// Every error path of the public functions: class, code, the argument's name, what was expected and
+// what came; synchronous calls throw it, asynchronous ones reject with it, and `out` stays as it
+// was.
 import { describe, expect, test } from 'vitest';
 import {
   type AttentionOptions,
@@ -51,7 +52,9 @@ function holding(tensor: { dims: number[] }, data: unknown, type?: string) {
   return { data, dims: tensor.dims, ...(type && { type }) };
 }
 
-/** The good call: 2 sequences, 4 query heads, 2 key/value heads, 3 queries, 5 keys, dims 8 and 6. */
+/**
+ * The good call: 2 sequences, 4 query heads, 2 key/value heads, 3 queries, 5 keys, dims 8 and 6.
+ */
 const query = floats(2, 4, 3, 8);
 const key = floats(2, 2, 5, 8);
 const value = floats(2, 2, 5, 6);
@@ -649,6 +652,11 @@ describe('the good call is good', () => {
     });
     expect(output.dims).toEqual([2, 4, 3, 6]);
   });
+
+  test.each(['highest', 'high', 'medium'] as const)('with precision %s', (precision) => {
+    const output = scaledDotProductAttentionSync(query, key, value, { ...GOOD, precision });
+    expect(output.dims).toEqual([2, 4, 3, 6]);
+  });
 });
 
 describe.each([
@@ -700,7 +708,7 @@ describe('outputs of attentionForward', () => {
   });
 });
 
-test('an [Lq, Lk] output beyond what an array can hold is out of memory, before anything runs', async () => {
+test('an [Lq, Lk] output that no array can hold is out of memory at once', async () => {
   const long = floats(1, 1, 2 ** 20, 1);
   const options = { outputs: ['weights'] } as const;
   const compute = () => attentionForwardSync(long, long, long, { outputs: [...options.outputs] });

@@ -1,4 +1,5 @@
-// Every 16-bit pattern, and the numbers around each rounding boundary, against arithmetic on doubles.
+// Every 16-bit pattern, and the numbers around each rounding boundary, against arithmetic on
+// doubles.
 import { describe, expect, test } from 'vitest';
 import {
   bfloat16sToFloats,

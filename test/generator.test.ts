@@ -1,6 +1,12 @@
 // Where seeds and offsets come from, and that each call has a mask of its own.
 import { describe, expect, test } from 'vitest';
-import { type AttentionOptions, attentionForwardSync, Generator, manualSeed } from '../lib/index';
+import {
+  type AttentionOptions,
+  attentionForward,
+  attentionForwardSync,
+  Generator,
+  manualSeed,
+} from '../lib/index';
 import { expectSame } from './harness';
 import { keepDecisions } from './reference';
 
@@ -41,10 +47,19 @@ describe('a generator', () => {
     expect(generator.getState()).toEqual({ seed: 1n, offset: 0n });
   });
 
+  test('gives asynchronous calls their offsets in the order of the calls', async () => {
+    const generator = new Generator({ seed: 6 });
+    const options = { ...DROPOUT, generator };
+    const results = await Promise.all(
+      [0, 1, 2].map(() => attentionForward(zeros, zeros, ones, options)),
+    );
+    expect(results.map(({ rngState }) => rngState?.offset)).toEqual([0n, 1n, 2n]);
+  });
+
   test('is left alone by calls without dropout and by calls that fail', () => {
     const generator = new Generator({ seed: 1 });
-    forward({ generator, dropoutP: 0 });
-    forward({ generator, training: false });
+    expect(forward({ generator, dropoutP: 0 }).rngState).toBeNull();
+    expect(forward({ generator, training: false }).rngState).toBeNull();
     expect(() => forward({ generator, scale: Number.NaN })).toThrow();
     expect(generator.getState().offset).toBe(0n);
   });

@@ -1,4 +1,5 @@
-// float16 and bfloat16 by arithmetic on doubles, not by bit tricks: an independent check of lib/float16.ts.
+// float16 and bfloat16 by arithmetic on doubles, not by bit tricks: an independent check of
+// lib/float16.ts.
 
 /** How a 16-bit format is laid out: sign, `exponentBits`, `mantissaBits`. */
 interface Format {

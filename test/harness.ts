@@ -1,4 +1,5 @@
-// Runs one problem on one backend and compares what came back with a reference and its error budget.
+// Runs one problem on one backend and compares what came back with a reference and its error
+// budget.
 import { expect } from 'vitest';
 import {
   type AttentionOptions,
@@ -73,7 +74,9 @@ export interface Outcome {
   readonly gradAttnMask?: Float64Array;
 }
 
-/** Rounds the values of a call to the types it will be stored in, so that the reference sees them. */
+/**
+ * Rounds the values of a call to the types it will be stored in, so that the reference sees them.
+ */
 export function representable(call: Call): Call {
   const { type = 'float32', maskType = 'float32' } = call;
   const { attnMask } = call.options;
@@ -123,6 +126,14 @@ export function run(runner: Runner, call: Call): Outcome {
     if (!call.gradOutput) return outcome;
     const gradOutput = stored(call.gradOutput, call.type, layout);
     const gradients = result.backwardSync(gradOutput);
+    for (const [name, tensor] of [
+      ['query', gradients.gradQuery],
+      ['key', gradients.gradKey],
+      ['value', gradients.gradValue],
+    ] as const) {
+      const { dims } = layout === 'bshd' ? swapAxes(call[name]) : call[name];
+      expect([tensor.type, ...tensor.dims], name).toEqual([call.type ?? 'float32', ...dims]);
+    }
     return {
       ...outcome,
       gradQuery: logical(gradients.gradQuery, layout),

@@ -1,9 +1,10 @@
-// The native addon: what it is told, which backend runs, what the environment chooses, and what happens
-// where it does not load.
+// The native addon: what it is told, which backend runs, what the environment chooses, and what
+// happens where it does not load.
 import { spawnSync } from 'node:child_process';
 import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import fc from 'fast-check';
 import { afterAll, describe, expect, test, vi } from 'vitest';
 import { loadBinding } from '../lib/binding';
 import {
@@ -12,7 +13,8 @@ import {
   backendInfo,
   setNumThreads,
 } from '../lib/index';
-import { encodeProblem, type Problem } from '../lib/problem-header';
+import { encodeProblem, PROBLEM_FIELDS, type Problem } from '../lib/problem-header';
+import { SEED, settings } from './arbitrary';
 import { NAMED_CASES, namedTensors } from './cases';
 import { ROOT, runNode, runProgram } from './child';
 import { BACKENDS, expectSame, NATIVE_BACKENDS, stored } from './harness';
@@ -21,8 +23,13 @@ import { keepDecisions } from './reference';
 const { version } = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'));
 const INFO = join(ROOT, 'test/programs/info.mjs');
 
-test('the addon is loaded: without it, this run has tested JavaScript alone', () => {
-  expect(loadBinding().error).toBeNull();
+const loaded = loadBinding();
+// Without the addon this run would test JavaScript alone; the error says how to build it.
+if (loaded.error) throw loaded.error;
+const native = loaded.native!;
+const addonPath = loaded.path!;
+
+test('the portable kernels are always there', () => {
   expect(NATIVE_BACKENDS).toContain('cpu:portable');
 });
 
@@ -33,15 +40,94 @@ test('the fields of a Problem cross in the order of problem.h', () => {
   });
   const header = encodeProblem(recorder);
   const snakeCase = (name: string) => name.replace(/[A-Z]/g, (x) => `_${x.toLowerCase()}`);
-  expect(read.map(snakeCase).join(',')).toBe(loadBinding().native!.problemFields);
+  expect(read.map(snakeCase).join(',')).toBe(native.problemFields);
   // Every field in a place of its own, in the order of reading.
   expect([...header]).toEqual(read.map((_, i) => i + 1));
 });
 
 test('the addon was built from this version', () => {
-  expect(loadBinding().native!.version).toBe(version);
+  expect(native.version).toBe(version);
   expect(backendInfo().version).toBe(version);
 });
+
+describe('native code checks for itself what it reads and writes', () => {
+  const portable = native.backends.findIndex(({ name }) => name === 'cpu:portable');
+  const problem = problemOf({ batch: 2, queryHeads: 4, kvHeads: 2, queryLength: 3, keyLength: 5 });
+  const internal = expect.objectContaining({ code: 'ERR_SDPA_INTERNAL' });
+
+  /**
+   * query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and 2 x 2 x 5 x 6.
+   */
+  function arrays() {
+    const inputs = [new Float32Array(192), new Float32Array(160), new Float32Array(120)];
+    return [...inputs, null, null, null, null, new Float32Array(144), null, null, null, null];
+  }
+
+  const forwardSync = native.forwardSync as (...values: unknown[]) => void;
+  const call = (header: Float64Array, backend: number, given: unknown[]) =>
+    forwardSync(header, backend, ...given);
+
+  test('a good call runs', () => {
+    expect(call(encodeProblem(problem), portable, arrays())).toBeUndefined();
+  });
+
+  test(`a header with any field out of range is refused, seed ${SEED}`, () => {
+    const sizes = PROBLEM_FIELDS.slice(0, 7);
+    const property = fc.property(
+      fc.constantFrom(...PROBLEM_FIELDS),
+      fc.constantFrom(Number.NaN, Infinity, -Infinity, 0.5, -2, 2 ** 32, 2 ** 53, 1e300),
+      (field, value) => {
+        // Any number is a scale or a cap.
+        fc.pre(field !== 'scale' && field !== 'softcap');
+        fc.pre(!(field === 'causalOffset' && value === -2));
+        fc.pre(!(field === 'dropoutP' && value === 0.5));
+        const header = encodeProblem({ ...problem, [field]: value });
+        expect(() => call(header, portable, arrays())).toThrow(internal);
+      },
+    );
+    fc.assert(property, settings(300));
+    for (const field of sizes) {
+      const header = encodeProblem({ ...problem, [field]: 0 });
+      expect(() => call(header, portable, arrays()), field).toThrow(internal);
+    }
+  });
+
+  test('an array of another kind or length is refused', () => {
+    const wrong = [
+      new Float32Array(7),
+      new Float64Array(192),
+      new Uint16Array(192),
+      [1],
+      3,
+      undefined,
+    ];
+    for (let i = 0; i < 12; i++) {
+      for (const array of [...wrong, ...(i < 3 || i === 7 ? [null] : [])]) {
+        const given: unknown[] = arrays();
+        given[i] = array;
+        expect(() => call(encodeProblem(problem), portable, given), `array ${i}`).toThrow(internal);
+      }
+    }
+    expect(() => call(new Float64Array(31), portable, arrays())).toThrow(internal);
+    expect(() => call(encodeProblem(problem), 99, arrays())).toThrow(internal);
+    expect(() => call(encodeProblem({ ...problem, maskBatch: 0 }), portable, withMask())).toThrow(
+      internal,
+    );
+  });
+
+  /** A mask where the header says that there is none. */
+  function withMask() {
+    return arrays().map((array, i) => (i === 3 ? new Uint16Array(4) : array));
+  }
+});
+
+/** A plain problem of head dim 8 and value dim 6. */
+function problemOf(sizes: Partial<Problem>): Problem {
+  const zeros = Object.fromEntries(PROBLEM_FIELDS.map((field) => [field, 0]));
+  const mask = { maskBatch: 1, maskHeads: 1, maskQueries: 1, maskKeys: 1 };
+  const window = { windowLeft: -1, windowRight: -1 };
+  return { ...zeros, ...mask, ...window, headDim: 8, valueDim: 6, scale: 1, ...sizes } as Problem;
+}
 
 describe('backendInfo', () => {
   const info = backendInfo();
@@ -171,6 +257,15 @@ describe('the environment', () => {
     },
   );
 
+  test('NODE_DEBUG=sdpa says what is chosen; without it, nothing is printed', async () => {
+    const [loud, quiet] = await Promise.all([
+      runNode({ args: [INFO], env: { NODE_DEBUG: 'sdpa' } }),
+      runNode({ args: [INFO] }),
+    ]);
+    expect(loud.stderr).toContain('node_sdpa.node');
+    expect(quiet.stderr).toBe('');
+  });
+
   test('SDPA_NUM_THREADS sets the threads and leaves the bits alone', async () => {
     const [one, three] = await Promise.all([
       runProgram('info', { env: { SDPA_NUM_THREADS: '1' } }),
@@ -233,7 +328,7 @@ describe('a binary that does not load', () => {
     return { NODE_SDPA_PREBUILD: root };
   }
 
-  const genuine = readFileSync(loadBinding().path!);
+  const genuine = readFileSync(addonPath);
 
   /** The genuine addon with one text in it replaced by another of the same length. */
   function altered(text: string, other: string): Buffer {
@@ -297,7 +392,7 @@ describe('a binary that does not load', () => {
   test('a copy of the genuine one loads from there', async () => {
     const env = rootWith('copy', null);
     const path = join(env.NODE_SDPA_PREBUILD, 'build/Release/node_sdpa.node');
-    copyFileSync(loadBinding().path!, path);
+    copyFileSync(addonPath, path);
     const { info, backend } = await runProgram('info', { env });
     expect(info.binary).toBe(path);
     expect(backend).toBe(BACKENDS[0]);

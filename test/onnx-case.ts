@@ -1,4 +1,5 @@
-// A case of the ONNX operator Attention as a call of the operation: what an importer of ONNX models does.
+// A case of the ONNX operator Attention as a call of the operation: what an importer of ONNX models
+// does.
 import { swapAxes } from './cases';
 import type { ReferenceOptions, ReferenceTensor, Storage } from './reference';
 import type { VectorCase, VectorTensor } from './vectors';

@@ -1,5 +1,5 @@
-// Random problems on every backend: against the float64 reference, against differences of the forward
-// pass, and against itself with other numbers of threads.
+// Random problems on every backend: against the float64 reference, against differences of the
+// forward pass, and against itself with other numbers of threads.
 import fc from 'fast-check';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { calls, RUNS, SEED, settings } from './arbitrary';
@@ -30,8 +30,8 @@ describe.each(BACKENDS)(`%s against the reference, seed ${SEED}`, (backend) => {
     fc.assert(property, settings());
   });
 
-  // The error budgets hold for the worst data. On unit normals float32 accumulation gives up to 1e-6
-  // (relative L2), three-term bfloat16 products give 6e-6: 3e-6 tells them apart.
+  // The error budgets hold for the worst data. On unit normals float32 accumulation gives up to
+  // 1e-6 (relative L2), three-term bfloat16 products give 6e-6: 3e-6 tells them apart.
   test.each(NAMED_CASES)(
     '$name: each element in its budget, all with the error of float32',
     (named) => {
@@ -90,8 +90,8 @@ describe.each(BACKENDS)('%s, gradients against differences of its own forward', 
       const analytic = dot(result[name]!, direction);
       const gradient = expected(call).backward(upstream)[name];
       const truth = dot(gradient.values, direction);
-      // A float32 forward errs by its budget at each end, and the gradient by its own; the rest of the
-      // gap between a difference and a derivative the float64 reference measures.
+      // A float32 forward errs by its budget at each end, and the gradient by its own; the rest of
+      // the gap between a difference and a derivative the float64 reference measures.
       const budget = [wantAbove, wantBelow].reduce(
         (sum, want) => sum + dot(want.output.error, Float64Array.from(upstream, Math.abs)),
         0,

@@ -159,7 +159,9 @@ describe('reference gradients against central differences in float64', () => {
   });
 });
 
-/** Step 1e-5: truncation about 1e-10 of the third derivative, rounding about 1e-11; 1e-7 has margin. */
+/**
+ * Step 1e-5: truncation about 1e-10 of the third derivative, rounding about 1e-11; 1e-7 has margin.
+ */
 function expectDifferences(loss: () => number, input: ReferenceTensor, gradient: Float64Array) {
   const data = input.data as Float64Array;
   const step = 1e-5;

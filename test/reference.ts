@@ -1,5 +1,6 @@
-// The operation in float64, with explicit [Lq, Lk] matrices and none of the package's code: what every
-// backend is measured against. Beside each value stands how far float32 arithmetic may be from it.
+// The operation in float64, with explicit [Lq, Lk] matrices and none of the package's code: what
+// every backend is measured against. Beside each value stands how far float32 arithmetic may be
+// from it.
 
 export interface ReferenceTensor {
   readonly data: ArrayLike<number>;
@@ -11,7 +12,9 @@ export const PLACEMENTS = ['weights', 'context', 'scores'] as const;
 export type Placement = (typeof PLACEMENTS)[number];
 export type BroadcastAxis = 'batch' | 'head' | 'query';
 
-/** The options of the operation under their public names; tensors are [batch, heads, length, dim]. */
+/**
+ * The options of the operation under their public names; tensors are [batch, heads, length, dim].
+ */
 export interface ReferenceOptions {
   /** A Uint8Array is boolean (1 takes part); anything else is a bias. */
   attnMask?: ReferenceTensor;
@@ -118,7 +121,9 @@ function broadcastBits(axes: readonly BroadcastAxis[] = []): number {
   return axes.reduce((bits, axis) => bits | bit[axis], 0);
 }
 
-/** Decisions for [batch, heads, queries, columns]: a column is a key, or a channel under `context`. */
+/**
+ * Decisions for [batch, heads, queries, columns]: a column is a key, or a channel under `context`.
+ */
 export function keepDecisions(dims: readonly number[], spec: DropoutSpec): Uint8Array {
   const [batch, heads, queries, columns] = dims;
   const threshold = dropThreshold(spec.p);
@@ -150,14 +155,18 @@ export function keepDecisions(dims: readonly number[], spec: DropoutSpec): Uint8
 }
 
 // ---- Error budget ----
-// Standard running error analysis (Higham, Accuracy and Stability, ch. 3): a sum of n products in any
-// order, with or without fused multiply-add, is within (n + c) U of the exact one relative to the sum of
-// magnitudes. SLACK covers products of errors; FLOOR covers results below float32's normal range.
+// Standard running error analysis (Higham, Accuracy and Stability, ch. 3): a sum of n products in
+// any order, with or without fused multiply-add, is within (n + c) U of the exact one relative to
+// the sum of magnitudes. SLACK covers products of errors; FLOOR covers results below float32's
+// normal range.
 
 const U = 2 ** -24;
 const SLACK = 1.1;
 const FLOOR = 1e-30;
-/** Roundings of a sum of n products: n, and as many for an online softmax's rescaling of partial sums. */
+/**
+ * Roundings of a sum of n products: n, and as many for an online softmax's rescaling of partial
+ * sums.
+ */
 const sumRoundings = (n: number) => (2 * n + 16) * U;
 /** exp(x) to 4 units in the last place, plus the rounding of its argument, made by x * log2(e). */
 const EXP = 8 * U;
@@ -498,7 +507,8 @@ function gradientRow(
 ): void {
   const { b, h, i, kvRow } = locate(s, row);
   const { grad, gradError } = weightGradients(s, row, gradOutput, sums);
-  // Delta = sum of P * dP: the softmax's normalisation. Kernels form it as dO . O, whose error is below.
+  // Delta = sum of P * dP: the softmax's normalisation. Kernels form it as dO . O, whose error is
+  // below.
   let delta = 0;
   let deltaError = 0;
   for (let j = 0; j < s.keyLength; j++) {

@@ -89,7 +89,8 @@ describe.each(BACKENDS)('%s, parts that are merged', (backend) => {
         gradValue[at] += x;
       });
     }
-    // Three sums, each rounded once more than the whole: their budgets add up to less than two wholes.
+    // Three sums, each rounded once more than the whole: their budgets add up to less than two
+    // wholes.
     const error = wantGradients.gradValue.error.map((x) => 2 * x);
     expectBounded('gradValue', gradValue, { ...wantGradients.gradValue, error });
   });

@@ -61,6 +61,17 @@ describe('Tensor', () => {
     expect(tensor.data).toEqual(Uint16Array.of(0x3c00, 0xc000));
   });
 
+  test('goes into a call as input, boolean mask and explicit decisions', () => {
+    const ones = new Tensor('float32', new Float32Array(8).fill(1), [1, 1, 4, 2]);
+    const attnMask = new Tensor('bool', Uint8Array.of(1, 1, 0, 0), [4]);
+    const keep = Uint8Array.from({ length: 16 }, (_, at) => (at % 4 === 0 ? 1 : 0));
+    const keepMask = new Tensor('bool', keep, [1, 1, 4, 4]);
+    const options = { attnMask, keepMask, dropoutP: 0.25, training: true };
+    const output = scaledDotProductAttentionSync(ones, ones, ones, options);
+    // Two keys are seen with half the weight each; the first is kept, and rescaled by 4 / 3.
+    for (const x of output.data) expect(x).toBeCloseTo(2 / 3, 6);
+  });
+
   test('cannot be detached', () => {
     const { buffer } = new Tensor('float32', new Float32Array(4), [4]).data;
     expect(() => structuredClone(buffer, { transfer: [buffer as ArrayBuffer] })).toThrow();

@@ -72,7 +72,10 @@ export function broadcastShape(a: readonly number[], b: readonly number[]): numb
   return Array.from({ length: rank }, (_, axis) => Math.max(size(a, axis), size(b, axis)));
 }
 
-/** Where element `at` of an array of shape `dims` lies in an array of `narrow`, which broadcasts to it. */
+/**
+ * Where element `at` of an array of shape `dims` lies in an array of `narrow`, which broadcasts to
+ * it.
+ */
 export function broadcastIndex(
   at: number,
   dims: readonly number[],

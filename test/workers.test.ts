@@ -1,5 +1,5 @@
-// Worker threads, worker.terminate() and process exit during calls; in child processes, so that a crash
-// shows as a signal.
+// Worker threads, worker.terminate() and process exit during calls; in child processes, so that a
+// crash shows as a signal.
 import { describe, expect, test } from 'vitest';
 import { runNode, runProgram } from './child';
 import { BACKENDS } from './harness';
@@ -11,7 +11,8 @@ describe.each(BACKENDS)('%s', (backend) => {
     const { results, exitCodes } = await runProgram('workers', { env });
     expect(exitCodes).toEqual([0, 0, 0, 0]);
     const [main, ...workers] = results;
-    // One fingerprint of outputs, one of gradients, one count of the mask: each the same every time.
+    // One fingerprint of outputs, one of gradients, one count of the mask: each the same every
+    // time.
     expect(main).toHaveLength(3);
     for (const worker of workers) expect(worker).toEqual(main);
   });

@@ -164,7 +164,7 @@ class ArrayReader {
   /// Whether length == a * b * c * d, by division: the product may overflow.
   static bool is_product(uint64_t length, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
     for (const uint64_t factor : {a, b, c}) {
-      if (length % factor != 0) return false;
+      if (factor == 0 || length % factor != 0) return false;
       length /= factor;
     }
     return length == d;

@@ -1,4 +1,5 @@
-// Every thread of libuv's pool is busy: calls must finish all the same, before the pool is free again.
+// Every thread of libuv's pool is busy: calls must finish all the same, before the pool is free
+// again.
 import { pbkdf2 } from 'node:crypto';
 import { scaledDotProductAttention } from 'node-sdpa';
 import { makeInputs } from './inputs.mjs';

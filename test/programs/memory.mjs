@@ -1,5 +1,5 @@
-// Prints by how many bytes the process grew: over many calls whose results are dropped, or in one call
-// between long sequences. The first argument says which.
+// Prints by how many bytes the process grew: over many calls whose results are dropped, or in one
+// call between long sequences. The first argument says which.
 import { attentionForward, scaledDotProductAttention } from 'node-sdpa';
 import { DROPOUT, makeInputs, makeTensor } from './inputs.mjs';
 

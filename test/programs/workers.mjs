@@ -1,5 +1,5 @@
-// Four worker threads and the main thread compute at once, synchronously and asynchronously, forward
-// and backward; prints the fingerprints of each.
+// Four worker threads and the main thread compute at once, synchronously and asynchronously,
+// forward and backward; prints the fingerprints of each.
 import { fileURLToPath } from 'node:url';
 import { isMainThread, parentPort, Worker } from 'node:worker_threads';
 import { attentionForward, attentionForwardSync, dropoutMask } from 'node-sdpa';

@@ -1,0 +1,34 @@
+// The CPU backend for aarch64, where NEON is part of every processor: no target region, no check.
+#include "cpu/cpu_backends.h"
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+
+#include <arm_neon.h>
+
+#include "cpu/kernel_headers.h"
+
+namespace sdpa {
+namespace neon {
+// In the order of use: each builds on the one before.
+#include "cpu/vec_neon.h"
+
+// 6 x 4 accumulators, 4 operands and 1 broadcast: 29 of 32 registers. 10 loads serve 24 fused
+// multiply-adds, and four vectors divide the usual head dims.
+constexpr int kTileRows = 6;
+constexpr int kQueryVectors = 4;
+
+#include "cpu/tile.inl"
+
+#include "cpu/attention_decode.inl"
+
+#include "cpu/attention_forward.inl"
+
+#include "cpu/attention_backward.inl"
+
+const char* unavailable_reason() { return nullptr; }
+}  // namespace neon
+
+const Backend kNeonBackend = {"cpu:neon", neon::unavailable_reason, neon::forward, neon::backward};
+}  // namespace sdpa
+
+#endif
