@@ -102,8 +102,8 @@ export type DropoutBroadcastAxis = 'batch' | 'head' | 'query';
 
 /**
  * How exact the matrix products are, as `torch.set_float32_matmul_precision` has it: float32,
- * TF32-class or bfloat16-class. A backend may always be more exact than asked; all backends of
- * this version compute at `'highest'`.
+ * TF32-class or bfloat16-class. A backend may always be more exact than asked: only `cpu:amx`
+ * makes a difference, by splitting float32 into three, two or one bfloat16 terms.
  *
  * @example
  * ```js

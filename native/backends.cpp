@@ -7,6 +7,7 @@ namespace sdpa {
 
 const Backend* const kBackends[] = {
 #if defined(__x86_64__) || defined(_M_X64)
+    &kAmxBackend,
     &kAvx512Backend,
     &kAvx2Backend,
 #endif

@@ -10,6 +10,7 @@
       'native/cpu/portable.cpp',
       'native/cpu/avx2.cpp',
       'native/cpu/avx512.cpp',
+      'native/cpu/amx.cpp',
     ],
     'sdpa_defines': [
       'NAPI_VERSION=9',

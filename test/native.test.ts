@@ -148,9 +148,12 @@ describe('backendInfo', () => {
     if (process.arch !== 'x64' || process.platform !== 'linux') return;
     const line = readFileSync('/proc/cpuinfo', 'utf8').match(/^flags\s*:(.*)$/m)!;
     const flags = line[1].split(' ');
+    const avx2 = ['avx2', 'fma', 'f16c'];
+    const avx512 = [...avx2, 'avx512f', 'avx512dq', 'avx512bw', 'avx512vl'];
     const needed: [string, string[]][] = [
-      ['cpu:avx512', ['avx512f', 'avx512dq', 'avx512bw', 'avx512vl', 'avx2', 'fma', 'f16c']],
-      ['cpu:avx2', ['avx2', 'fma', 'f16c']],
+      ['cpu:amx', [...avx512, 'avx512_bf16', 'amx_tile', 'amx_bf16']],
+      ['cpu:avx512', avx512],
+      ['cpu:avx2', avx2],
       ['cpu:portable', []],
     ];
     const runnable = needed.filter(([, all]) => all.every((flag) => flags.includes(flag)));

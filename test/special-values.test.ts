@@ -3,9 +3,11 @@ import { describe, expect, test } from 'vitest';
 import { namedTensors } from './cases';
 import {
   BACKENDS,
+  type Call,
   expectOutcome,
   expectSame,
   expectSameOutcome,
+  type Outcome,
   representable,
   run,
   runner,
@@ -16,6 +18,18 @@ import type { Placement, ReferenceOptions, ReferenceTensor } from './reference';
 const shape = [2, 2, 1, 19, 37, 16, 24] as const;
 const base = namedTensors({ name: '', seed: 91, shape, options: {} });
 const poisons = [Number.NaN, Infinity, -Infinity];
+
+/**
+ * A run in which nothing changed: bit for bit, or on AMX to rounding, where vector kernels compute
+ * what a NaN might have touched.
+ */
+function expectUnchanged(call: Call, actual: Outcome, clean: Outcome) {
+  if (actual.backend === 'cpu:amx') return expectOutcome(call, actual);
+  // The scores of dropped keys are shown as they are before dropout.
+  const { dropoutPlacement } = call.options;
+  const scores = dropoutPlacement === 'scores' ? clean.scores : actual.scores;
+  expectSameOutcome({ ...actual, scores }, clean);
+}
 
 describe.each(BACKENDS)('%s, NaN and infinity where they are not seen', (backend) => {
   const hidden: [string, ReferenceOptions, number[]][] = [
@@ -32,10 +46,8 @@ describe.each(BACKENDS)('%s, NaN and infinity where they are not seen', (backend
     for (const poison of poisons) {
       const key = poisoned(base.key, rows, poison);
       const value = poisoned(base.value, rows, poison);
-      const outcome = run(runner(backend), representable({ ...base, key, value, options }));
-      // The scores of dropped keys are shown as they are before dropout.
-      const shown = options.dropoutPlacement === 'scores' ? clean.scores : outcome.scores;
-      expectSameOutcome({ ...outcome, scores: shown }, clean);
+      const call = representable({ ...base, key, value, options });
+      expectUnchanged(call, run(runner(backend), call), clean);
     }
   });
 
@@ -44,8 +56,8 @@ describe.each(BACKENDS)('%s, NaN and infinity where they are not seen', (backend
     const clean = run(runner(backend), representable({ ...base, options }));
     for (const poison of poisons) {
       const value = poisoned(base.value, [7, 8], poison);
-      const outcome = run(runner(backend), representable({ ...base, value, options }));
-      expectSameOutcome(outcome, clean);
+      const call = representable({ ...base, value, options });
+      expectUnchanged(call, run(runner(backend), call), clean);
     }
   });
 });
@@ -98,16 +110,16 @@ describe.each(BACKENDS)('%s, NaN and infinity where they are seen', (backend) =>
     const gradOutput = poisoned(base.gradOutput, [3], Number.NaN);
     const options = { isCausal: true };
     const clean = run(runner(backend), representable({ ...base, options }));
-    const { gradValue, gradKey, gradQuery } = run(
-      runner(backend),
-      representable({ ...base, gradOutput, options }),
-    );
+    const call = representable({ ...base, gradOutput, options });
+    const outcome = run(runner(backend), call);
+    const { gradValue, gradKey, gradQuery } = outcome;
     // Keys 0 to 3 are seen by row 3, in each of the two batches of one key/value head.
     for (let j = 0; j < 37; j++) {
       expect(Number.isNaN(gradValue![j * 24]), `gradValue ${j}`).toBe(j <= 3);
       expect(Number.isNaN(gradKey![j * 16]), `gradKey ${j}`).toBe(j <= 3);
     }
     const others = (data: Float64Array) => data.filter((_, at) => Math.floor(at / 16) % 19 !== 3);
+    if (backend === 'cpu:amx') return expectOutcome(call, outcome);
     expectSame('gradQuery', others(gradQuery!), others(clean.gradQuery!));
   });
 });

@@ -163,13 +163,15 @@ inline void differentiate_softcap(KeyTile tile, BackwardBuffers& f) {
 
 // ------------------------------------------------------------- gradients of query, key and value
 
-struct BackwardWork final : ParallelWork {
+/// What all tasks of a backward call share.
+struct BackwardCall {
   Call call;
   BackwardTensors tensors;
   float* query_slices;  // [chunks][batch, query_heads, query_length, head_dim], or null: one chunk
+};
 
-  BackwardWork(const Call& call, const BackwardTensors& tensors, float* query_slices)
-      : call(call), tensors(tensors), query_slices(query_slices) {}
+struct BackwardWork final : ParallelWork, BackwardCall {
+  explicit BackwardWork(const BackwardCall& shared) : BackwardCall(shared) {}
   void work(TaskCursor& cursor) override;
 };
 
@@ -185,7 +187,7 @@ inline bool holds_nan(const float* values, size_t count) {
 }
 
 /// Writes the block's share of grad_query: into the result if there is one chunk, else its slice.
-inline bool store_grad_query(const BackwardWork& w, const QueryBlock& q, uint32_t chunk,
+inline bool store_grad_query(const BackwardCall& w, const QueryBlock& q, uint32_t chunk,
                              BackwardBuffers& f) {
   const Problem& p = w.call.problem;
   const size_t width = padded(p.head_dim);
@@ -208,7 +210,7 @@ inline bool store_grad_query(const BackwardWork& w, const QueryBlock& q, uint32_
 }
 
 /// One block of queries against the keys of a chunk. True if a NaN came out in grad_query.
-inline bool backward_block(const BackwardWork& w, const ChunkTask& task, const QueryBlock& q,
+inline bool backward_block(const BackwardCall& w, const ChunkTask& task, const QueryBlock& q,
                            BackwardBuffers& f, bool careful) {
   const Problem& p = w.call.problem;
   const size_t head = padded(p.head_dim), value = padded(p.value_dim);
@@ -238,7 +240,7 @@ inline bool backward_block(const BackwardWork& w, const ChunkTask& task, const Q
 }
 
 /// All query heads of the group and all their blocks. True if a NaN came out anywhere.
-inline bool backward_chunk(const BackwardWork& w, const ChunkTask& task, BackwardBuffers& f,
+inline bool backward_chunk(const BackwardCall& w, const ChunkTask& task, BackwardBuffers& f,
                            bool careful) {
   const Problem& p = w.call.problem;
   const size_t keys = task.keys.end - task.keys.begin;
@@ -257,29 +259,42 @@ inline bool backward_chunk(const BackwardWork& w, const ChunkTask& task, Backwar
   return nan || holds_nan(f.grad_key, keys * head) || holds_nan(f.grad_value, keys * value);
 }
 
-void BackwardWork::work(TaskCursor& cursor) {
-  const Problem& p = call.problem;
-  BackwardBuffers f;
-  if (!f.allocate(call, std::min(chunk_length(p), p.key_length), 0)) return;
+inline ChunkTask chunk_task(const Problem& p, size_t number) {
+  const uint32_t chunks = chunk_count(p), length = chunk_length(p);
+  const size_t kv = number / chunks;
+  ChunkTask task{
+      uint32_t(kv / p.kv_heads), uint32_t(kv % p.kv_heads), uint32_t(number % chunks), {}};
+  task.keys.begin = task.chunk * length;
+  task.keys.end = task.keys.begin + std::min(p.key_length - task.keys.begin, length);
+  return task;
+}
+
+/// Keys whose gradients a task gathers, at most.
+inline size_t most_chunk_keys(const Problem& p) { return std::min(chunk_length(p), p.key_length); }
+
+inline void store_key_gradients(const BackwardCall& w, const ChunkTask& task,
+                                const BackwardBuffers& f) {
+  const Problem& p = w.call.problem;
   const size_t head = padded(p.head_dim), value = padded(p.value_dim);
-  const uint32_t chunks = chunk_count(p);
-  for (size_t number; cursor.next(number);) {
-    const size_t kv = number / chunks;
-    ChunkTask task{
-        uint32_t(kv / p.kv_heads), uint32_t(kv % p.kv_heads), uint32_t(number % chunks), {}};
-    task.keys.begin = task.chunk * chunk_length(p);
-    task.keys.end = std::min(p.key_length - task.keys.begin, chunk_length(p)) + task.keys.begin;
-    // A NaN may have come from a key or query that the other side does not see: 0 * NaN is NaN.
-    if (backward_chunk(*this, task, f, false)) backward_chunk(*this, task, f, true);
-    for (uint32_t k = 0; k < task.keys.end - task.keys.begin; ++k) {
-      const uint32_t key = task.keys.begin + k;
-      narrow(p.type, f.grad_key + k * head, p.head_dim, tensors.grad_key,
-             row_offset(p.layout, p.kv_heads, p.key_length, p.head_dim, task.b, task.kv_head, key));
-      narrow(
-          p.type, f.grad_value + k * value, p.value_dim, tensors.grad_value,
-          row_offset(p.layout, p.kv_heads, p.key_length, p.value_dim, task.b, task.kv_head, key));
-    }
+  for (uint32_t k = 0; k < task.keys.end - task.keys.begin; ++k) {
+    const uint32_t key = task.keys.begin + k;
+    narrow(p.type, f.grad_key + k * head, p.head_dim, w.tensors.grad_key,
+           row_offset(p.layout, p.kv_heads, p.key_length, p.head_dim, task.b, task.kv_head, key));
+    narrow(p.type, f.grad_value + k * value, p.value_dim, w.tensors.grad_value,
+           row_offset(p.layout, p.kv_heads, p.key_length, p.value_dim, task.b, task.kv_head, key));
   }
+}
+
+/// A NaN may have come from a key or query that the other side does not see: 0 * NaN is NaN.
+inline void backward_task(const BackwardCall& w, const ChunkTask& task, BackwardBuffers& f) {
+  if (backward_chunk(w, task, f, false)) backward_chunk(w, task, f, true);
+  store_key_gradients(w, task, f);
+}
+
+void BackwardWork::work(TaskCursor& cursor) {
+  BackwardBuffers f;
+  if (!f.allocate(call, most_chunk_keys(call.problem), 0)) return;
+  for (size_t task; cursor.next(task);) backward_task(*this, chunk_task(call.problem, task), f);
 }
 
 /// Sums the slices of grad_query in order.
@@ -429,8 +444,10 @@ void MaskGradientWork::work(TaskCursor& cursor) {
 
 // ----------------------------------------------------------------------------------- the pass
 
-Status backward(const Problem& p, const Inputs& inputs, const BackwardTensors& tensors,
-                const CancelToken& cancel) {
+/// `Work` computes the gradients of query, key and value.
+template <typename Work>
+Status run_backward(const Problem& p, const Inputs& inputs, const BackwardTensors& tensors,
+                    const CancelToken& cancel) {
   const Call call{p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)};
   ThreadPool& pool = ThreadPool::shared();
   const bool parallel = worth_sharing(p);
@@ -441,7 +458,7 @@ Status backward(const Problem& p, const Inputs& inputs, const BackwardTensors& t
     slices.reset(new (std::nothrow) float[chunks * elements]);
     if (!slices) return {StatusCode::out_of_memory, "no memory for the gradient of the query"};
   }
-  BackwardWork work(call, tensors, slices.get());
+  Work work(BackwardCall{call, tensors, slices.get()});
   Status status = pool.run(size_t{p.batch} * p.kv_heads * chunks, parallel, cancel, work);
   if (status.ok() && chunks > 1) {
     SliceSum sum(p.type, slices.get(), elements, chunks, tensors.grad_query);
@@ -452,4 +469,9 @@ Status backward(const Problem& p, const Inputs& inputs, const BackwardTensors& t
     status = pool.run(mask.tasks(), parallel, cancel, mask);
   }
   return status;
+}
+
+Status backward(const Problem& p, const Inputs& inputs, const BackwardTensors& tensors,
+                const CancelToken& cancel) {
+  return run_backward<BackwardWork>(p, inputs, tensors, cancel);
 }

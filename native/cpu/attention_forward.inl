@@ -133,23 +133,23 @@ inline bool finish_context(const Call& call, const QueryBlock& q, ForwardBuffers
     f.lse[i] = sum == 0 ? -kInfinity : f.row_max[i] + std::log(sum);
     f.row_sum[i] = sum == 0 || numerator == 0 ? 0 : numerator / sum;
   }
-  for (size_t c = 0; c < p.value_dim; ++c) {
-    for (int v = 0; v < q.vectors; ++v) {
+  float is_number[kQueryBlock];  // per query: 1, or 0 if its context holds a NaN
+  for (int v = 0; v < q.vectors; ++v) {
+    const Floats scale = load(f.row_sum + v * kLanes);
+    Floats numbers = broadcast(1.0f);
+    for (size_t c = 0; c < p.value_dim; ++c) {
       float* const element = f.context + c * kQueryBlock + v * kLanes;
-      store(element, mul(load(element), load(f.row_sum + v * kLanes)));
+      const Floats scaled = mul(load(element), scale);
+      store(element, scaled);
+      numbers = select(equal(scaled, scaled), numbers, broadcast(0.0f));
     }
+    store(is_number + v * kLanes, numbers);
   }
   if (d.on() && d.placement == Placement::context) {
     keep_tile(call, q, 0, int(p.value_dim), f.keep);
     drop_elements(q, int(p.value_dim), f.keep, f.context);
   }
-  transpose(f.context, kQueryBlock, padded(p.value_dim), kQueryBlock, f.rows, padded(p.value_dim));
-  bool nan = false;
-  for (uint32_t i = 0; i < q.count; ++i) {
-    const float* const row = f.rows + i * padded(p.value_dim);
-    for (size_t c = 0; c < p.value_dim; ++c) nan |= row[c] != row[c];
-  }
-  return nan;
+  return std::find(is_number, is_number + q.count, 0.0f) != is_number + q.count;
 }
 
 /// Writes a tile [key][kQueryBlock] into rows of a tensor [batch, heads, queries, keys].
@@ -193,14 +193,26 @@ inline void write_matrices(const Call& call, const QueryBlock& q, const ForwardO
 inline void store_context(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
                           const ForwardBuffers& f) {
   const Problem& p = call.problem;
-  for (uint32_t i = 0; i < q.count; ++i) {
-    const size_t row =
-        row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first + i);
-    narrow(p.type, f.rows + i * padded(p.value_dim), p.value_dim, out.output, row);
+  const size_t first =
+      row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first);
+  const size_t stride = row_stride(p.layout, p.query_heads, p.value_dim);
+  if (p.type == Type::float32 && q.count == kQueryBlock && p.value_dim % kLanes == 0) {
+    transpose(f.context, kQueryBlock, p.value_dim, kQueryBlock,
+              static_cast<float*>(out.output) + first, stride);
+  } else {
+    const size_t width = padded(p.value_dim);
+    transpose(f.context, kQueryBlock, width, kQueryBlock, f.rows, width);
+    for (uint32_t i = 0; i < q.count; ++i) {
+      narrow(p.type, f.rows + i * width, p.value_dim, out.output, first + i * stride);
+    }
   }
   if (!out.lse) return;
   const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
   std::memcpy(out.lse + row, f.lse, q.count * sizeof(float));
+}
+
+inline bool wants_matrices(const ForwardOutputs& out) {
+  return out.scores || out.weights || out.dropped_weights;
 }
 
 inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
@@ -213,7 +225,7 @@ inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOu
     finish_context(call, q, f);
   }
   store_context(call, q, out, f);
-  if (out.scores || out.weights || out.dropped_weights) write_matrices(call, q, out, f);
+  if (wants_matrices(out)) write_matrices(call, q, out, f);
 }
 
 inline size_t blocks_per_head(const Problem& p) {

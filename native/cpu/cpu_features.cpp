@@ -10,6 +10,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sdpa {
 namespace {
@@ -62,6 +66,23 @@ bool detect_avx512() {
   return (saved_states() & mask_and_zmm_state) == mask_and_zmm_state && f && dq && bw && vl;
 }
 
+bool detect_amx() {
+#if defined(__linux__)
+  if (!cpu_has_avx512()) return false;
+  const uint32_t edx = cpuid(7, 0).edx;
+  const bool amx_bf16 = bit(edx, 22), amx_tile = bit(edx, 24),
+             avx512_bf16 = bit(cpuid(7, 1).eax, 5);
+  constexpr uint64_t tile_states = uint64_t{0b11} << 17;
+  if ((saved_states() & tile_states) != tile_states || !amx_bf16 || !amx_tile || !avx512_bf16) {
+    return false;
+  }
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 // Asked once: a virtual machine takes tens of microseconds to answer CPUID.
@@ -76,6 +97,11 @@ bool cpu_has_avx512() {
   return has;
 }
 
+bool cpu_has_amx() {
+  static const bool has = detect_amx();
+  return has;
+}
+
 }  // namespace sdpa
 
 #else
@@ -83,6 +109,7 @@ bool cpu_has_avx512() {
 namespace sdpa {
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
+bool cpu_has_amx() { return false; }
 }  // namespace sdpa
 
 #endif

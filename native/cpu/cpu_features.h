@@ -9,4 +9,8 @@ bool cpu_has_avx2();
 /// AVX-512 F, BW, DQ and VL, all of AVX2's, and an operating system that saves the registers.
 bool cpu_has_avx512();
 
+/// AMX tiles of bfloat16 and the AVX-512 instructions that go with them, and an operating system
+/// that grants this process the tile registers. Asks for them at the first call.
+bool cpu_has_amx();
+
 }  // namespace sdpa

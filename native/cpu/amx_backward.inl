@@ -1,0 +1,383 @@
+// The backward pass on AMX: tasks, order and memory are those of attention_backward.inl; the five
+// products run on tiles, for two blocks of queries at a time, so that the sums of grad_key and
+// grad_value are loaded and stored once per 64 queries. A task that comes out with a NaN is done
+// again by the vector kernel.
+
+constexpr int kBlocksAtOnce = 2;
+constexpr size_t kBothQueries = size_t{kBlocksAtOnce} * kQueryBlock;
+
+/// The keys and values of a chunk as operands A: for each tile, keys by rows (for the scores), keys
+/// by columns (for grad_query), values by rows (for the gradient of the weights).
+template <int Terms>
+struct PackedChunk {
+  size_t key_bytes, value_bytes;  // of one tile, for each operand
+  uint8_t* data;
+
+  static size_t tile_bytes(const Problem& p) {
+    return (2 * steps_of(p.head_dim) + steps_of(p.value_dim)) * 2 * Terms * kPairBytes;
+  }
+  PackedChunk(const Problem& p, uint8_t* data)
+      : key_bytes(2 * steps_of(p.head_dim) * Terms * kPairBytes),
+        value_bytes(2 * steps_of(p.value_dim) * Terms * kPairBytes),
+        data(data) {}
+  uint8_t* key_rows(size_t tile) const { return data + tile * (2 * key_bytes + value_bytes); }
+  uint8_t* key_columns(size_t tile) const { return key_rows(tile) + key_bytes; }
+  uint8_t* value_rows(size_t tile) const { return key_rows(tile) + 2 * key_bytes; }
+};
+
+/// One thread's buffers: those of the vector kernel and the packed operands.
+struct AmxBackwardBuffers {
+  BackwardBuffers vector;
+  uint8_t* chunk;                        // PackedChunk
+  uint8_t* queries[kBlocksAtOnce];       // operand B: pairs of channels
+  uint8_t* grad_outputs[kBlocksAtOnce];  // operand B: pairs of channels
+  uint8_t* query_pairs;                  // operand B: pairs of queries, both blocks
+  uint8_t* grad_output_pairs;            // operand B: pairs of queries, both blocks
+  uint8_t* weights;                      // operand A: [2 halves of keys][2 blocks of queries]
+  uint8_t* grad_scores;                  // operand A: the same
+  uint8_t* grad_score_pairs;             // operand B: pairs of keys
+  float* rows;                           // [kKeyBlock][whole widest], to pack from
+  float* score_tile;                     // [kKeyBlock][kQueryBlock]
+  float* grad_tile;                      // [kKeyBlock][kQueryBlock]
+  float* grad_query[kBlocksAtOnce];      // [whole head_dim][kQueryBlock]
+  float* grad_key;                       // [chunk][whole head_dim]
+  float* grad_value;                     // [chunk][whole value_dim]
+  float* minus_lse[kBlocksAtOnce];       // [kQueryBlock], in units of log2(e)
+  float* delta[kBlocksAtOnce];           // [kQueryBlock]
+
+  uint8_t* operand(size_t floats) { return reinterpret_cast<uint8_t*>(scratch_.take(floats)); }
+
+  bool allocate(const Call& call, size_t chunk_keys, int terms) {
+    const Problem& p = call.problem;
+    const size_t head = steps_of(p.head_dim), value = steps_of(p.value_dim);
+    const size_t pair = terms * kPairBytes / sizeof(float), tiles = chunk_keys / kKeyBlock;
+    const size_t widest = std::max(head, value) * kStepDepth, tile = kKeyBlock * kQueryBlock;
+    const size_t chunk_floats = tiles * (2 * head + value) * 2 * pair;
+    const size_t floats = chunk_floats + 4 * (head + value) * pair + 10 * pair +
+                          kKeyBlock * widest + 2 * tile + 2 * whole(p.head_dim) * kQueryBlock +
+                          chunk_keys * (whole(p.head_dim) + whole(p.value_dim)) + 4 * kQueryBlock;
+    if (!vector.allocate(call, chunk_keys, 0) || !scratch_.reserve(floats, 24)) return false;
+    chunk = operand(chunk_floats);
+    for (int i = 0; i < kBlocksAtOnce; ++i) {
+      queries[i] = operand(head * pair);
+      grad_outputs[i] = operand(value * pair);
+      grad_query[i] = scratch_.take(whole(p.head_dim) * kQueryBlock);
+      minus_lse[i] = scratch_.take(kQueryBlock);
+      delta[i] = scratch_.take(kQueryBlock);
+    }
+    query_pairs = operand(2 * head * pair);
+    grad_output_pairs = operand(2 * value * pair);
+    weights = operand(4 * pair);
+    grad_scores = operand(4 * pair);
+    grad_score_pairs = operand(2 * pair);
+    rows = scratch_.take(kKeyBlock * widest);
+    score_tile = scratch_.take(tile);
+    grad_tile = scratch_.take(tile);
+    grad_key = scratch_.take(chunk_keys * whole(p.head_dim));
+    grad_value = scratch_.take(chunk_keys * whole(p.value_dim));
+    return !scratch_.overrun();
+  }
+
+ private:
+  Scratch scratch_;
+};
+
+template <int Terms>
+struct AmxBackwardTask {
+  const BackwardCall& work;
+  const ChunkTask& task;
+  AmxBackwardBuffers& f;
+  PackedChunk<Terms> packed;
+
+  const Call& call() const { return work.call; }
+  const Problem& problem() const { return work.call.problem; }
+};
+
+/// A block that fills up a pair: it brings nothing and sees nothing.
+inline QueryBlock no_queries(const Problem& p) {
+  QueryBlock q{};
+  q.any = {p.key_length, 0};
+  return q;
+}
+
+/// A tile of rows as operand A, half after half.
+template <int Terms>
+inline void pack_tile_rows(const float* rows, size_t stride, size_t width, uint8_t* to) {
+  for (int half = 0; half < 2; ++half) {
+    pack_rows<Terms>(rows + half * kStepDepth * stride, stride, width,
+                     to + half * (width / kStepDepth) * Terms * kPairBytes);
+  }
+}
+
+template <int Terms>
+inline void pack_chunk(const AmxBackwardTask<Terms>& k) {
+  const Problem& p = k.problem();
+  for (uint32_t first = k.task.keys.begin; first < k.task.keys.end; first += kKeyBlock) {
+    const size_t tile = (first - k.task.keys.begin) / kKeyBlock;
+    const int count = int(std::min<uint32_t>(kKeyBlock, p.key_length - first));
+    size_t stride;
+    const float* rows = whole_steps(key_rows(k.call(), k.task.b, k.task.kv_head, first), count,
+                                    kKeyBlock, k.f.rows, stride);
+    pack_tile_rows<Terms>(rows, stride, whole(p.head_dim), k.packed.key_rows(tile));
+    pack_columns<Terms>(rows, stride, whole(p.head_dim), k.packed.key_columns(tile));
+    rows = whole_steps(value_rows(k.call(), k.task.b, k.task.kv_head, first), count, kKeyBlock,
+                       k.f.rows, stride);
+    pack_tile_rows<Terms>(rows, stride, whole(p.value_dim), k.packed.value_rows(tile));
+  }
+}
+
+/// Packs one block of queries, given both ways round: by channels [padded width][kQueryBlock] for
+/// the products over channels, by rows [kQueryBlock][padded width] for those over queries.
+template <int Terms>
+inline void pack_both(const float* channels, float scale, const float* rows, size_t width,
+                      float* room, uint8_t* by_channels, uint8_t* by_queries) {
+  const size_t to_width = whole(width), from_width = padded(width);
+  scale_channels(channels, scale, width, room);
+  pack_query_columns<Terms>(room, to_width, by_channels);
+  std::memset(room, 0, to_width * kQueryBlock * sizeof(float));
+  for (int i = 0; i < kQueryBlock; ++i) {
+    std::memcpy(room + i * to_width, rows + i * from_width, from_width * sizeof(float));
+  }
+  pack_row_pairs<Terms>(room, to_width, to_width, kBlocksAtOnce * Terms * kPairBytes, by_queries);
+}
+
+/// Packs what one block of queries brings: its queries and G = grad_output (through context
+/// dropout), lse and Delta. A block without queries brings zeros.
+template <int Terms>
+inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block) {
+  const Problem& p = k.problem();
+  BackwardBuffers& v = k.f.vector;
+  load_backward_queries(k.call(), q, k.work.tensors, v);
+  const size_t step = block * Terms * kPairBytes;
+  pack_both<Terms>(v.scores.queries, kLog2E, v.query_rows, p.head_dim, k.f.rows, k.f.queries[block],
+                   k.f.query_pairs + step);
+  pack_both<Terms>(v.grad_output, 1, v.grad_output_rows, p.value_dim, k.f.rows,
+                   k.f.grad_outputs[block], k.f.grad_output_pairs + step);
+  for (int i = 0; i < kQueryBlock; ++i) {
+    // Rows without a key have no lse; their scores are all excluded.
+    const bool alive = uint32_t(i) < q.count && v.lse[i] != -kInfinity;
+    k.f.minus_lse[block][i] = alive ? -v.lse[i] * kLog2E : 0;
+    k.f.delta[block][i] = uint32_t(i) < q.count ? v.delta[i] : 0;
+  }
+  std::memset(k.f.grad_query[block], 0, whole(p.head_dim) * kQueryBlock * sizeof(float));
+}
+
+/// Two keys at a time: weights from scores, gradients of the scores from those of the weights, and
+/// both as operands. `slope` is the softcap's derivative, or null.
+template <int Terms>
+inline void differentiate_tile(const AmxBackwardTask<Terms>& k, int block, const float* keep,
+                               const float* slope) {
+  const Floats zero = broadcast(0.0f), keep_scale = broadcast(k.call().dropout.keep_scale);
+  for (int row = 0; row < kKeyBlock; row += 2) {
+    Floats weight[2][kQueryVectors], grad[2][kQueryVectors];
+    for (int r = 0; r < 2; ++r) {
+      for (int v = 0; v < kQueryVectors; ++v) {
+        const int i = (row + r) * kQueryBlock + v * kLanes;
+        const Floats w = exponential2<Terms>(load(k.f.score_tile + i));
+        Floats g = load(k.f.grad_tile + i);
+        weight[r][v] = w;
+        if (keep) {
+          const Mask dropped = equal(load(keep + i), zero);
+          weight[r][v] = select(dropped, zero, mul(w, keep_scale));
+          g = select(dropped, zero, mul(g, keep_scale));
+        }
+        g = mul(w, sub(g, load(k.f.delta[block] + v * kLanes)));
+        grad[r][v] = slope ? mul(g, load(slope + i)) : g;
+      }
+    }
+    // Row `row` of operand A lies in half row / 32 of the keys, step `block`, tile row / 16 % 2.
+    const size_t at = (row / kStepDepth * kBlocksAtOnce + block) * Terms * kPairBytes +
+                      row / kTileSide % 2 * kTileBytes + row % kTileSide * sizeof(Words);
+    for (int r = 0; r < 2; ++r) {
+      split_row<Terms>(weight[r][0], weight[r][1], k.f.weights + at + r * sizeof(Words),
+                       kPairBytes);
+      split_row<Terms>(grad[r][0], grad[r][1], k.f.grad_scores + at + r * sizeof(Words),
+                       kPairBytes);
+    }
+    for (int v = 0; v < kQueryVectors; ++v) {
+      split_pair<Terms>(grad[0][v], grad[1][v],
+                        k.f.grad_score_pairs + pair_offset<Terms>(row / 2, v));
+    }
+  }
+}
+
+/// Scores less lse of a tile, in units of log2(e); excluded keys far below. Returns the softcap's
+/// derivative where there is a softcap.
+template <int Terms>
+inline const float* shifted_scores(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
+                                   KeyTile tile) {
+  const Problem& p = k.problem();
+  alignas(64) static constexpr float zeros[kQueryBlock] = {};
+  const size_t number = (tile.first - k.task.keys.begin) / kKeyBlock;
+  const bool plain = is_plain(k.call(), q.all, tile) && q.vectors == kQueryVectors;
+  const float* const start = plain ? k.f.minus_lse[block] : zeros;
+  float* const scores = k.f.score_tile;
+  const size_t steps = steps_of(p.head_dim);
+  NoWork none;
+  for (int half = 0; half < 2; ++half) {
+    multiply_packed<Terms>(k.packed.key_rows(number) + half * k.packed.key_bytes / 2,
+                           k.f.queries[block], steps, start, 0,
+                           scores + half * kStepDepth * kQueryBlock, kQueryBlock, none);
+  }
+  if (plain) return nullptr;
+  float* const tangent = k.f.vector.tangent;
+  apply_rules(k.call(), q, tile, k.f.vector.scores, k.f.vector.keep, scores, tangent);
+  const Floats floor = broadcast(-200.0f), one = broadcast(1.0f);
+  for (int v = 0; v < kQueryVectors; ++v) {
+    const Floats minus_lse = load(k.f.minus_lse[block] + v * kLanes);
+    for (int r = 0; r < kKeyBlock; ++r) {
+      float* const s = scores + r * kQueryBlock + v * kLanes;
+      const bool inside = r < tile.count && v < q.vectors;
+      store(s, inside ? max_ignoring_nan(floor, add(load(s), minus_lse)) : floor);
+    }
+  }
+  if (p.softcap <= 0) return nullptr;
+  for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
+    const Floats t = load(tangent + i);
+    store(tangent + i, sub(one, mul(t, t)));
+  }
+  return tangent;
+}
+
+/// One block of queries against one tile: packs weights and score gradients, adds to grad_query.
+template <int Terms>
+inline void backward_tile_amx(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
+                              KeyTile tile) {
+  const Problem& p = k.problem();
+  const Dropout& d = k.call().dropout;
+  alignas(64) static constexpr float zeros[kQueryBlock] = {};
+  const size_t number = (tile.first - k.task.keys.begin) / kKeyBlock;
+  NoWork none;
+  const float* const slope = shifted_scores(k, q, block, tile);
+  for (int half = 0; half < 2; ++half) {
+    multiply_packed<Terms>(k.packed.value_rows(number) + half * k.packed.value_bytes / 2,
+                           k.f.grad_outputs[block], steps_of(p.value_dim), zeros, 0,
+                           k.f.grad_tile + half * kStepDepth * kQueryBlock, kQueryBlock, none);
+  }
+  const float* keep = nullptr;
+  if (d.on() && d.placement == Placement::weights) {
+    keep_tile(k.call(), q, tile.first, tile.count, k.f.vector.keep);
+    keep = k.f.vector.keep;
+  }
+  differentiate_tile(k, block, keep, slope);
+  for (size_t s = 0; s < steps_of(p.head_dim); ++s) {
+    float* const to = k.f.grad_query[block] + s * kStepDepth * kQueryBlock;
+    multiply_packed<Terms>(k.packed.key_columns(number) + s * 2 * Terms * kPairBytes,
+                           k.f.grad_score_pairs, 2, to, kQueryBlock, to, kQueryBlock, none);
+  }
+}
+
+/// sum [kKeyBlock][width] += operand * pairs, over both blocks of queries.
+template <int Terms>
+inline void add_key_gradient(const uint8_t* operand, const uint8_t* pairs, size_t width,
+                             float* sum) {
+  NoWork none;
+  for (int half = 0; half < 2; ++half) {
+    for (size_t s = 0; s < width / kStepDepth; ++s) {
+      float* const to = sum + half * kStepDepth * width + s * kStepDepth;
+      multiply_packed<Terms>(operand + half * kBlocksAtOnce * Terms * kPairBytes,
+                             pairs + s * kBlocksAtOnce * Terms * kPairBytes, kBlocksAtOnce, to,
+                             width, to, width, none);
+    }
+  }
+}
+
+/// Two blocks of queries against the chunk. True if a NaN came out in grad_query.
+template <int Terms>
+inline bool backward_blocks(const AmxBackwardTask<Terms>& k, const QueryBlock* blocks) {
+  const Problem& p = k.problem();
+  KeyRange seen{p.key_length, 0};
+  for (int i = 0; i < kBlocksAtOnce; ++i) {
+    pack_backward_queries(k, blocks[i], i);
+    seen = {std::min(seen.begin, blocks[i].any.begin), std::max(seen.end, blocks[i].any.end)};
+  }
+  seen = {std::max(seen.begin, k.task.keys.begin), std::min(seen.end, k.task.keys.end)};
+  for (TileRange range(seen, p.key_length); !range.done(); range.advance()) {
+    const KeyTile tile = range.tile();
+    for (int i = 0; i < kBlocksAtOnce; ++i) backward_tile_amx(k, blocks[i], i, tile);
+    const size_t row = tile.first - k.task.keys.begin;
+    add_key_gradient<Terms>(k.f.weights, k.f.grad_output_pairs, whole(p.value_dim),
+                            k.f.grad_value + row * whole(p.value_dim));
+    add_key_gradient<Terms>(k.f.grad_scores, k.f.query_pairs, whole(p.head_dim),
+                            k.f.grad_key + row * whole(p.head_dim));
+  }
+  bool nan = false;
+  for (int i = 0; i < kBlocksAtOnce; ++i) {
+    if (blocks[i].count == 0) continue;
+    std::memcpy(k.f.vector.grad_query, k.f.grad_query[i],
+                padded(p.head_dim) * kQueryBlock * sizeof(float));
+    nan |= store_grad_query(k.work, blocks[i], k.task.chunk, k.f.vector);
+  }
+  return nan;
+}
+
+/// The AMX counterpart of backward_chunk; leaves grad_key and grad_value in the vector buffers.
+template <int Terms>
+inline bool backward_chunk_amx(const BackwardCall& w, const ChunkTask& task,
+                               AmxBackwardBuffers& f) {
+  const Problem& p = w.call.problem;
+  const AmxBackwardTask<Terms> k{w, task, f, PackedChunk<Terms>(p, f.chunk)};
+  const size_t keys = task.keys.end - task.keys.begin;
+  const size_t rows = (keys + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  const size_t head = whole(p.head_dim), value = whole(p.value_dim);
+  const uint32_t group = p.query_heads / p.kv_heads;
+  pack_chunk(k);
+  std::memset(f.grad_key, 0, rows * head * sizeof(float));
+  std::memset(f.grad_value, 0, rows * value * sizeof(float));
+  bool nan = false;
+  for (uint32_t member = 0; member < group; ++member) {
+    const uint32_t query_head = task.kv_head * group + member;
+    for (size_t first = 0; first < p.query_length; first += kBothQueries) {
+      QueryBlock blocks[kBlocksAtOnce];
+      for (int i = 0; i < kBlocksAtOnce; ++i) {
+        const size_t at = first + i * kQueryBlock;
+        blocks[i] = at < p.query_length ? query_block(w.call, task.b, query_head, uint32_t(at))
+                                        : no_queries(p);
+      }
+      nan |= backward_blocks(k, blocks);
+    }
+  }
+  for (size_t i = 0; i < keys; ++i) {
+    std::memcpy(f.vector.grad_key + i * padded(p.head_dim), f.grad_key + i * head,
+                padded(p.head_dim) * sizeof(float));
+    std::memcpy(f.vector.grad_value + i * padded(p.value_dim), f.grad_value + i * value,
+                padded(p.value_dim) * sizeof(float));
+  }
+  return nan || holds_nan(f.vector.grad_key, keys * padded(p.head_dim)) ||
+         holds_nan(f.vector.grad_value, keys * padded(p.value_dim));
+}
+
+template <int Terms>
+struct AmxBackwardWork final : ParallelWork, BackwardCall {
+  explicit AmxBackwardWork(const BackwardCall& shared) : BackwardCall(shared) {}
+  void work(TaskCursor& cursor) override {
+    const Problem& p = call.problem;
+    const size_t keys = (most_chunk_keys(p) + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+    AmxBackwardBuffers f;
+    if (!f.allocate(call, keys, Terms)) return;
+    const FlushDenormals flush;
+    configure_tiles();
+    for (size_t number; cursor.next(number);) {
+      const ChunkTask task = chunk_task(p, number);
+      if (backward_chunk_amx<Terms>(*this, task, f)) {
+        backward_task(*this, task, f.vector);
+      } else {
+        store_key_gradients(*this, task, f.vector);
+      }
+    }
+    _tile_release();
+  }
+};
+
+Status amx_backward(const Problem& p, const Inputs& inputs, const BackwardTensors& tensors,
+                    const CancelToken& cancel) {
+  if (p.query_length < kFewestQueries) return backward(p, inputs, tensors, cancel);
+  switch (p.precision) {
+    case Precision::highest:
+      return run_backward<AmxBackwardWork<3>>(p, inputs, tensors, cancel);
+    case Precision::high:
+      return run_backward<AmxBackwardWork<2>>(p, inputs, tensors, cancel);
+    default:
+      return run_backward<AmxBackwardWork<1>>(p, inputs, tensors, cancel);
+  }
+}

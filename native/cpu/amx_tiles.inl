@@ -1,0 +1,217 @@
+// Matrix products on AMX tiles at float32 accuracy: operands split into bfloat16 terms, packed in
+// the order in which tiles load them. Written on AVX-512; see amx.cpp.
+//
+// A float is the sum of up to three bfloat16 terms (8 + 8 + 8 bits). With three terms, the six
+// products that matter (hh, hm, mh, mm, hl, lh) reproduce a float32 product: an error of about
+// 3e-7, relative L2, on attention of unit normals. Two terms and three products give 1e-5, one
+// term 4e-3 (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype
+// For Higher-Precision Computations", ARITH 2019).
+//
+// A step of a product takes 32 values of the inner index; operands are packed as
+// [step][term][2 tiles][16 rows][64 bytes]: one tile is 1 KiB without gaps.
+
+constexpr int kTileSide = 16;   // rows of a tile, and floats a row
+constexpr int kStepDepth = 32;  // values of the inner index a tile product takes
+constexpr size_t kTileBytes = 1024;
+constexpr size_t kPairBytes = 2 * kTileBytes;  // two tiles side by side: 32 rows or 32 columns
+
+constexpr size_t steps_of(size_t width) { return (width + kStepDepth - 1) / kStepDepth; }
+/// `width` rounded up to whole steps.
+constexpr size_t whole(size_t width) { return steps_of(width) * kStepDepth; }
+
+/// Splits floats into bfloat16 terms, each in the upper half of its word. Terms are cut off, which
+/// three of them make exact; a last term of fewer is rounded.
+template <int Terms>
+inline __attribute__((always_inline)) void split(Floats x, Words* terms) {
+  const Words top = broadcast_words(0xffff0000);
+  for (int t = 0; t < Terms; ++t) {
+    terms[t] = _mm512_castps_si512(x);
+    if (Terms < 3 && t + 1 == Terms) {
+      terms[t] = _mm512_add_epi32(terms[t], broadcast_words(0x8000));
+    }
+    if (t + 1 < Terms) x = sub(x, _mm512_castsi512_ps(_mm512_and_si512(terms[t], top)));
+  }
+}
+
+/// The upper halves of 32 words in their order.
+inline __attribute__((always_inline)) Words upper_halves(Words first, Words second) {
+  const Words odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+                                     31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(first, odd, second);
+}
+
+/// The upper halves of two words a lane, side by side.
+inline __attribute__((always_inline)) Words pair_halves(Words even, Words odd) {
+  constexpr int and_or = 0xEA;  // (a & b) | c
+  return _mm512_ternarylogic_epi32(odd, broadcast_words(0xffff0000), _mm512_srli_epi32(even, 16),
+                                   and_or);
+}
+
+/// Splits 32 consecutive floats of a row of operand A: term t goes to `to + t * stride` bytes.
+template <int Terms>
+inline __attribute__((always_inline)) void split_row(Floats first, Floats second, uint8_t* to,
+                                                     size_t stride) {
+  Words a[Terms], b[Terms];
+  split<Terms>(first, a);
+  split<Terms>(second, b);
+  for (int t = 0; t < Terms; ++t) {
+    _mm512_store_si512(to + t * stride, upper_halves(a[t], b[t]));
+  }
+}
+
+/// Splits 16 columns of two consecutive rows of operand B: term t goes to `to + t * kPairBytes`.
+template <int Terms>
+inline __attribute__((always_inline)) void split_pair(Floats even, Floats odd, uint8_t* to) {
+  Words a[Terms], b[Terms];
+  split<Terms>(even, a);
+  split<Terms>(odd, b);
+  for (int t = 0; t < Terms; ++t) {
+    _mm512_store_si512(to + t * kPairBytes, pair_halves(a[t], b[t]));
+  }
+}
+
+/// Where pair `pair` of rows and vector `vector` of columns lies in operand B.
+template <int Terms>
+constexpr size_t pair_offset(int pair, int vector) {
+  return pair / kTileSide * Terms * kPairBytes + vector * kTileBytes +
+         pair % kTileSide * sizeof(Words);
+}
+
+/// Row-major operand A, [32 rows][width]: for each step and term, two tiles of 16 rows.
+/// `width` is a multiple of 32.
+template <int Terms>
+inline void pack_rows(const float* rows, size_t stride, size_t width, uint8_t* to) {
+  for (size_t step = 0; step < width / kStepDepth; ++step, to += Terms * kPairBytes) {
+    for (int r = 0; r < 2 * kTileSide; ++r) {
+      const float* const row = rows + r * stride + step * kStepDepth;
+      split_row<Terms>(load(row), load(row + kLanes), to + r * sizeof(Words), kPairBytes);
+    }
+  }
+}
+
+/// Operand A from its transpose, [2 steps of 32 keys][width]: for each 32 columns, step and term,
+/// two tiles whose rows are columns.
+template <int Terms>
+inline void pack_columns(const float* rows, size_t stride, size_t width, uint8_t* to) {
+  alignas(64) float column[2][kTileSide * kTileSide];
+  for (size_t c = 0; c < width; c += kTileSide) {
+    for (int step = 0; step < kKeyBlock / kStepDepth; ++step) {
+      const float* const from = rows + step * kStepDepth * stride + c;
+      transpose_block(from, stride, column[0], kTileSide);
+      transpose_block(from + kTileSide * stride, stride, column[1], kTileSide);
+      uint8_t* const pair = to + (c / kStepDepth * 2 + step) * Terms * kPairBytes +
+                            c % kStepDepth / kTileSide * kTileBytes;
+      for (int r = 0; r < kTileSide; ++r) {
+        split_row<Terms>(load(column[0] + r * kTileSide), load(column[1] + r * kTileSide),
+                         pair + r * sizeof(Words), kPairBytes);
+      }
+    }
+  }
+}
+
+/// Operand B from its rows, [32][width]: for each 32 columns and term, two tiles of 16 columns
+/// whose rows hold pairs of consecutive rows. Groups of 32 columns are `column_stride` bytes apart.
+template <int Terms>
+inline void pack_row_pairs(const float* rows, size_t stride, size_t width, size_t column_stride,
+                           uint8_t* to) {
+  for (size_t c = 0; c < width; c += kTileSide) {
+    uint8_t* const operand =
+        to + c / kStepDepth * column_stride + c % kStepDepth / kTileSide * kTileBytes;
+    for (int pair = 0; pair < kTileSide; ++pair) {
+      const float* const row = rows + 2 * pair * stride + c;
+      split_pair<Terms>(load(row), load(row + stride), operand + pair * sizeof(Words));
+    }
+  }
+}
+
+/// Operand B with queries for columns from [width][kQueryBlock]; `width` is a multiple of 32.
+template <int Terms>
+inline void pack_query_columns(const float* channels, size_t width, uint8_t* to) {
+  for (size_t c = 0; c < width; c += kStepDepth, to += Terms * kPairBytes) {
+    pack_row_pairs<Terms>(channels + c * kQueryBlock, kQueryBlock, kQueryBlock, 0, to);
+  }
+}
+
+// ------------------------------------------------------------------------------------ registers
+
+/// All eight tiles have 16 rows of 64 bytes: 0 to 3 are sums, 4 and 5 operand A, 6 and 7 operand B.
+inline void configure_tiles() {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+}
+
+/// Vector work that runs while tiles multiply, a little at a time.
+struct NoWork {
+  inline void advance() {}
+};
+
+inline void load_a(const uint8_t* pair) {
+  _tile_loadd(4, pair, 64);
+  _tile_loadd(5, pair + kTileBytes, 64);
+}
+inline void load_b(const uint8_t* pair) {
+  _tile_loadd(6, pair, 64);
+  _tile_loadd(7, pair + kTileBytes, 64);
+}
+/// Four tile products, then some vector work beside them.
+template <typename Work>
+inline __attribute__((always_inline)) void multiply_pairs(Work& work) {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+  work.advance();
+}
+
+/// The products of one step, smallest terms first.
+template <int Terms, typename Work>
+inline __attribute__((always_inline)) void multiply_step(const uint8_t* a, const uint8_t* b,
+                                                         Work& work) {
+  const auto high = 0 * kPairBytes, middle = 1 * kPairBytes, low = 2 * kPairBytes;
+  load_a(a + high);
+  if constexpr (Terms == 3) {
+    load_b(b + low);
+    multiply_pairs(work);
+  }
+  if constexpr (Terms >= 2) {
+    load_b(b + middle);
+    multiply_pairs(work);
+  }
+  load_b(b + high);
+  multiply_pairs(work);
+  if constexpr (Terms >= 2) {
+    load_a(a + middle);
+    multiply_pairs(work);
+  }
+  if constexpr (Terms == 3) {
+    load_b(b + middle);
+    multiply_pairs(work);
+    load_a(a + low);
+    load_b(b + high);
+    multiply_pairs(work);
+  }
+}
+
+/// c [32][c_stride] = start + a * b over `steps` steps. `start_stride` 0 gives all rows one start.
+template <int Terms, typename Work>
+inline __attribute__((always_inline)) void multiply_packed(const uint8_t* a, const uint8_t* b,
+                                                           size_t steps, const float* start,
+                                                           size_t start_stride, float* c,
+                                                           size_t c_stride, Work& work) {
+  const size_t start_bytes = start_stride * sizeof(float), c_bytes = c_stride * sizeof(float);
+  _tile_loadd(0, start, start_bytes);
+  _tile_loadd(1, start + kTileSide, start_bytes);
+  _tile_loadd(2, start + kTileSide * start_stride, start_bytes);
+  _tile_loadd(3, start + kTileSide * start_stride + kTileSide, start_bytes);
+  for (size_t step = 0; step < steps; ++step) {
+    multiply_step<Terms>(a + step * Terms * kPairBytes, b + step * Terms * kPairBytes, work);
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + kTileSide, c_bytes);
+  _tile_stored(2, c + kTileSide * c_stride, c_bytes);
+  _tile_stored(3, c + kTileSide * c_stride + kTileSide, c_bytes);
+}
