@@ -13,7 +13,7 @@ import {
   scaledDotProductAttentionSync,
   Tensor,
 } from '../lib/index';
-import { BACKENDS } from './harness';
+import { BACKENDS, FOREIGN_BACKEND } from './harness';
 
 const TYPE = 'ERR_SDPA_INVALID_ARG_TYPE';
 const VALUE = 'ERR_SDPA_INVALID_ARG_VALUE';
@@ -352,7 +352,12 @@ const OPTIONS: Case[] = [
   ['backend another word', option({ backend: 'gpu' }), VALUE, 'backend … got "gpu"'],
   ['backend a number', option({ backend: 1 }), TYPE, 'backend … got 1'],
   ['backend without a build', option({ backend: 'cuda' }), UNAVAILABLE, 'cuda'],
-  ['backend of another processor', option({ backend: 'cpu:neon' }), UNAVAILABLE, 'cpu:neon'],
+  [
+    'backend of another processor',
+    option({ backend: FOREIGN_BACKEND }),
+    UNAVAILABLE,
+    FOREIGN_BACKEND,
+  ],
   ['signal an object', option({ signal: {} }), TYPE, 'signal … AbortSignal'],
 ];
 

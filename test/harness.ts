@@ -37,6 +37,9 @@ export const BACKENDS: readonly string[] = backendInfo()
 
 export const NATIVE_BACKENDS = BACKENDS.filter((name) => name !== 'js');
 
+/** A backend that no binary for this processor has. */
+export const FOREIGN_BACKEND = process.arch === 'arm64' ? 'cpu:avx2' : 'cpu:neon';
+
 /** Every backend, the native ones with each of these thread counts. */
 export const RUNNERS: readonly Runner[] = BACKENDS.flatMap((backend) =>
   (backend === 'js' ? [1] : [1, 2, 5]).map((threads) => runner(backend, threads)),

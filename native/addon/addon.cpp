@@ -306,8 +306,13 @@ struct AsyncCall final : Job {
         arguments(env, values, is_backward),
         cancel(external),
         deferred(Napi::Promise::Deferred::New(env)) {}
+  void compute();
   void run() override;
 };
+
+/// Multiply-adds below which a call is over sooner than another thread wakes up for it (some
+/// microseconds): it is computed at once, and its promise comes back settled.
+constexpr double kNotWorthAThread = 5e4;
 
 /// What one JavaScript environment (the main thread or a worker) has under way.
 ///
@@ -330,6 +335,11 @@ class Environment {
 
   Napi::Promise start(Napi::Env env, AsyncCall* call) {
     const Napi::Promise promise = call->deferred.Promise();
+    if (multiply_adds(call->arguments.problem) <= kNotWorthAThread) {
+      call->compute();
+      settle(env, call);
+      return promise;
+    }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       running_.push_back(call);
@@ -339,10 +349,12 @@ class Environment {
       if (pending_++ == 0) finished_signal_.Ref(env);
       return promise;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    forget(call);
-    call->deferred.Reject(make_error(env, status).Value());
-    delete call;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      forget(call);
+    }
+    call->status = status;
+    settle(env, call);
     return promise;
   }
 
@@ -366,6 +378,15 @@ class Environment {
     }
   }
 
+  static void settle(Napi::Env env, AsyncCall* call) {
+    if (call->status.ok()) {
+      call->deferred.Resolve(env.Undefined());
+    } else {
+      call->deferred.Reject(make_error(env, call->status).Value());
+    }
+    delete call;
+  }
+
   void settle_finished(Napi::Env env) {
     std::vector<AsyncCall*> finished;
     {
@@ -373,14 +394,7 @@ class Environment {
       finished.swap(finished_);
     }
     const Napi::HandleScope scope(env);
-    for (AsyncCall* const call : finished) {
-      if (call->status.ok()) {
-        call->deferred.Resolve(env.Undefined());
-      } else {
-        call->deferred.Reject(make_error(env, call->status).Value());
-      }
-      delete call;
-    }
+    for (AsyncCall* const call : finished) settle(env, call);
     pending_ -= finished.size();
     if (pending_ == 0) finished_signal_.Unref(env);
   }
@@ -408,9 +422,17 @@ class Environment {
   bool closing_ = false;
 };
 
+void AsyncCall::compute() {
+  try {
+    status = cancel.cancelled() ? Status{StatusCode::aborted, "the call was aborted"}
+                                : arguments.run(cancel);
+  } catch (const std::bad_alloc&) {
+    status = {StatusCode::out_of_memory, "no memory for the call"};
+  }
+}
+
 void AsyncCall::run() {
-  status = cancel.cancelled() ? Status{StatusCode::aborted, "the call was aborted"}
-                              : arguments.run(cancel);
+  compute();
   environment.finish(this);
 }
 

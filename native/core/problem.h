@@ -94,6 +94,12 @@ struct BackwardTensors {
   void* grad_mask;          // as mask, or null
 };
 
+/// Multiply-adds of the forward pass, without regard to what masks leave out: the size of a call.
+constexpr double multiply_adds(const Problem& p) {
+  return double(p.batch) * p.query_heads * p.query_length * p.key_length *
+         (p.head_dim + p.value_dim);
+}
+
 /// Where row `position` of head `head` of batch entry `b` starts, in elements.
 constexpr size_t row_offset(Layout layout, size_t heads, size_t length, size_t width, size_t b,
                             size_t head, size_t position) {

@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) Floats exponential2(Floats x) {
 /// depends on the query, per group of keys what does not.
 struct WeightDropout {
   Words query_product[kQueryVectors][2];  // [vector][even, odd]: round 2's product of word 0
-  Words threshold;                        // in the upper half of a word
+  Words threshold;                        // in both halves of a word
   Dropout dropout;
   uint32_t batch, head;
   uint32_t first_group;           // of the tile
@@ -60,7 +60,7 @@ struct WeightDropout {
         dropout_counter(dropout, p.batch_offset + q.b, p.head_offset + q.head, 0, 0);
     batch = c.w[3];
     head = c.w[2];
-    threshold = broadcast_words(dropout.threshold << 16);
+    threshold = broadcast_words(dropout.threshold * 0x10001u);
     const uint32_t high = uint32_t(uint64_t{kPhiloxMultiplier1} * head >> 32);
     for (int v = 0; v < kQueryVectors; ++v) {
       uint32_t queries[kLanes];
@@ -118,26 +118,24 @@ struct WeightDropout {
       last_rounds(query_product[v][1], c0, c1, c3, odd);
       constexpr __mmask16 odd_lanes = 0b1010101010101010;
       for (int i = 0; i < 4; ++i) {
-        words[v][i] = _mm512_mask_blend_epi32(odd_lanes, even[i], _mm512_slli_epi64(odd[i], 32));
+        words[v][i] = _mm512_mask_shuffle_epi32(even[i], odd_lanes, odd[i], _MM_PERM_CCAA);
       }
     }
   }
 
-  /// Drops weights of keys `pair` * 2 and the one after.
-  inline __attribute__((always_inline)) void apply(int pair, int v, Floats& even,
-                                                   Floats& odd) const {
-    const Words w = words[v][pair % 4];
-    even = _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_slli_epi32(w, 16), threshold), even);
-    odd = _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(w, threshold), odd);
+  /// The decisions for keys `pair` * 2 and the one after, as split_pair takes them: the 16-bit
+  /// halves of a word are those of two keys, in their order.
+  inline __attribute__((always_inline)) __mmask32 kept(int pair, int v) const {
+    return _mm512_cmpge_epu16_mask(words[v][pair % 4], threshold);
   }
 };
 
 /// Turns a tile of scores (less the maximum) into packed weights, two keys at a time.
-template <int Terms>
+template <int Terms, bool Drops>
 struct SoftmaxWork {
   const float* scores;     // [kKeyBlock][kQueryBlock]
   uint8_t* weights;        // operand B
-  WeightDropout* dropout;  // or null
+  WeightDropout* dropout;  // draws decisions on the way, where Drops
   const float* keep;       // decisions made before, as the scores, 1 or 0; or null
   uint32_t rate;           // pairs of keys per advance(), in units of 2^-16
   Floats sums[2] = {broadcast(0.0f), broadcast(0.0f)};
@@ -152,19 +150,19 @@ struct SoftmaxWork {
   }
   inline __attribute__((always_inline)) void next_pair() {
     if (pair >= kPairsPerTile) return;
-    if (dropout && pair % 4 == 0) dropout->draw(uint32_t(pair) / 4);
+    if (Drops && pair % 4 == 0) dropout->draw(uint32_t(pair) / 4);
     for (int v = 0; v < kQueryVectors; ++v) {
       const size_t at = size_t(2 * pair) * kQueryBlock + v * kLanes;
       Floats even = exponential2<Terms>(load(scores + at));
       Floats odd = exponential2<Terms>(load(scores + at + kQueryBlock));
       sums[v] = add(sums[v], add(even, odd));
-      if (dropout) dropout->apply(pair, v, even, odd);
-      if (keep) {
+      if (!Drops && keep) {
         const Floats zero = broadcast(0.0f);
         even = select(equal(load(keep + at), zero), zero, even);
         odd = select(equal(load(keep + at + kQueryBlock), zero), zero, odd);
       }
-      split_pair<Terms>(even, odd, weights + pair_offset<Terms>(pair, v));
+      const __mmask32 kept = Drops ? dropout->kept(pair, v) : ~__mmask32{0};
+      split_pair<Terms>(even, odd, weights + pair_offset<Terms>(pair, v), kept);
     }
     ++pair;
   }
@@ -437,34 +435,35 @@ inline void prepare_scores(AmxBlock<Terms>& k, KeyTile tile, float* scores) {
   settle_maximum(k, tile, scores);
 }
 
-/// Sets up the softmax of a tile; decisions of `weights` dropout are drawn on the way where they
-/// can.
-template <int Terms>
-inline SoftmaxWork<Terms> softmax_work(AmxBlock<Terms>& k, KeyTile tile, uint32_t rate) {
-  const Problem& p = k.call.problem;
+/// Whether decisions of `weights` dropout are drawn on the way from scores to weights.
+inline bool draws_on_the_way(const Call& call) {
+  const Dropout& d = call.dropout;
+  return d.on() && d.placement == Placement::weights && !call.inputs.keep_mask &&
+         call.problem.key_offset % kDecisionsPerCall == 0 && d.threshold < 65536;
+}
+
+/// Sets up the softmax of a tile.
+template <bool Drops, int Terms>
+inline SoftmaxWork<Terms, Drops> softmax_work(AmxBlock<Terms>& k, KeyTile tile, uint32_t rate) {
   const Dropout& d = k.call.dropout;
   const size_t side = tile.first / kKeyBlock & 1;
-  SoftmaxWork<Terms> work{k.f.scores[side], k.f.weights[side], nullptr, nullptr, rate};
-  if (!d.on() || d.placement != Placement::weights) return work;
-  const bool drawn =
-      !k.call.inputs.keep_mask && p.key_offset % kDecisionsPerCall == 0 && d.threshold < 65536;
-  if (drawn) {
-    k.dropout.first_group = (p.key_offset + tile.first) / kDecisionsPerCall;
-    work.dropout = &k.dropout;
-  } else {
+  const float* keep = nullptr;
+  if (Drops) {
+    k.dropout.first_group = (k.call.problem.key_offset + tile.first) / kDecisionsPerCall;
+  } else if (d.on() && d.placement == Placement::weights) {
     keep_tile(k.call, k.q, tile.first, tile.count, k.f.vector.keep);
-    work.keep = k.f.vector.keep;
+    keep = k.f.vector.keep;
   }
-  return work;
+  return {k.f.scores[side], k.f.weights[side], &k.dropout, keep, rate};
 }
 
 /// Moves the maximum of lanes whose sum has grown too large: scores of this tile and of the next
 /// are brought to the new maximum.
 template <int Terms>
-inline void move_maximum(AmxBlock<Terms>& k, const SoftmaxWork<Terms>& work, float* scores,
+inline void move_maximum(AmxBlock<Terms>& k, const Floats* sums, float* scores,
                          float* next_scores) {
   for (int v = 0; v < kQueryVectors; ++v) {
-    const Mask large = Mask(~less(work.sums[v], broadcast(kLargestSum)));
+    const Mask large = Mask(~less(sums[v], broadcast(kLargestSum)));
     if (!any(large)) continue;
     Floats top = broadcast(-kInfinity);
     for (int r = 0; r < kKeyBlock; ++r) {
@@ -481,15 +480,14 @@ inline void move_maximum(AmxBlock<Terms>& k, const SoftmaxWork<Terms>& work, flo
   }
 }
 
-template <int Terms>
-inline bool too_large(const SoftmaxWork<Terms>& work) {
+inline bool too_large(const Floats* sums) {
   const Floats bound = broadcast(kLargestSum);
-  return (less(work.sums[0], bound) & less(work.sums[1], bound)) != Mask(~0);
+  return (less(sums[0], bound) & less(sums[1], bound)) != Mask(~0);
 }
 
 /// Runs over the tiles that the block sees as a pipeline: while the weights of tile t are made,
 /// tiles multiply the scores of t + 1 and the values of t - 1.
-template <int Steps, int Terms>
+template <int Steps, bool Drops, int Terms>
 inline void accumulate_context_amx(AmxBlock<Terms>& k) {
   const Problem& p = k.call.problem;
   AmxBuffers& f = k.f;
@@ -511,13 +509,13 @@ inline void accumulate_context_amx(AmxBlock<Terms>& k) {
     float* const next_scores = f.scores[(t + 1) & 1];
     range.advance();
     prepare_scores(k, tile, scores);
-    SoftmaxWork<Terms> softmax = softmax_work(k, tile, rate);
+    SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(k, tile, rate);
     if (!range.done()) multiply_scores<Steps>(k, t + 1, f.minus_max, next_scores, softmax);
     if (k.waiting) multiply_values<Steps>(k, t - 1, f.weights[(t - 1) & 1], softmax);
     softmax.finish();
-    if (__builtin_expect(too_large(softmax), false)) {
-      move_maximum(k, softmax, scores, next_scores);
-      softmax = softmax_work(k, tile, rate);
+    if (__builtin_expect(too_large(softmax.sums), false)) {
+      move_maximum(k, softmax.sums, scores, next_scores);
+      softmax = softmax_work<Drops>(k, tile, rate);
       softmax.finish();
     }
     for (int v = 0; v < kQueryVectors; ++v) {
@@ -527,6 +525,15 @@ inline void accumulate_context_amx(AmxBlock<Terms>& k) {
     k.waiting_tile = t;
   }
   flush_values(k);
+}
+
+template <bool Drops, int Terms>
+inline void accumulate_context_by_steps(AmxBlock<Terms>& k) {
+  const size_t steps = steps_of(k.call.problem.head_dim);
+  const bool same = steps == steps_of(k.call.problem.value_dim);
+  if (same && steps == 2) return accumulate_context_amx<2, Drops>(k);
+  if (same && steps == 4) return accumulate_context_amx<4, Drops>(k);
+  accumulate_context_amx<0, Drops>(k);
 }
 
 // ------------------------------------------------------------------------------------- the pass
@@ -562,15 +569,11 @@ inline void amx_forward_block(const AmxForwardWork<Terms>& w, const QueryBlock& 
 
   AmxBlock<Terms> block{w.call, w.heads, q, f, head, seen_by_all(q), {Mask(~0), Mask(~0)},
                         false,  0,       {}};
-  const Dropout& d = w.call.dropout;
-  if (d.on() && d.placement == Placement::weights) block.dropout.start_block(w.call, q);
-  const size_t steps = steps_of(p.head_dim);
-  if (steps != steps_of(p.value_dim) || (steps != 2 && steps != 4)) {
-    accumulate_context_amx<0>(block);
-  } else if (steps == 2) {
-    accumulate_context_amx<2>(block);
+  if (draws_on_the_way(w.call)) {
+    block.dropout.start_block(w.call, q);
+    accumulate_context_by_steps<true>(block);
   } else {
-    accumulate_context_amx<4>(block);
+    accumulate_context_by_steps<false>(block);
   }
 
   std::memcpy(v.row_sum, f.sums, kQueryBlock * sizeof(float));

@@ -60,13 +60,15 @@ inline __attribute__((always_inline)) void split_row(Floats first, Floats second
 }
 
 /// Splits 16 columns of two consecutive rows of operand B: term t goes to `to + t * kPairBytes`.
+/// Elements that are not in `kept` (bit 2 i: column i of `even`, bit 2 i + 1: of `odd`) become 0.
 template <int Terms>
-inline __attribute__((always_inline)) void split_pair(Floats even, Floats odd, uint8_t* to) {
+inline __attribute__((always_inline)) void split_pair(Floats even, Floats odd, uint8_t* to,
+                                                      __mmask32 kept = ~__mmask32{0}) {
   Words a[Terms], b[Terms];
   split<Terms>(even, a);
   split<Terms>(odd, b);
   for (int t = 0; t < Terms; ++t) {
-    _mm512_store_si512(to + t * kPairBytes, pair_halves(a[t], b[t]));
+    _mm512_store_si512(to + t * kPairBytes, _mm512_maskz_mov_epi16(kept, pair_halves(a[t], b[t])));
   }
 }
 
@@ -149,50 +151,56 @@ struct NoWork {
   inline void advance() {}
 };
 
-inline void load_a(const uint8_t* pair) {
-  _tile_loadd(4, pair, 64);
-  _tile_loadd(5, pair + kTileBytes, 64);
-}
-inline void load_b(const uint8_t* pair) {
-  _tile_loadd(6, pair, 64);
-  _tile_loadd(7, pair + kTileBytes, 64);
-}
-/// Four tile products, then some vector work beside them.
-template <typename Work>
-inline __attribute__((always_inline)) void multiply_pairs(Work& work) {
+/// Which operand the next four products need anew.
+enum class Next { none, a, b, both };
+
+/// Four tile products, then some vector work beside them. A register is loaded for the next
+/// products as soon as the last of these that reads it is on its way.
+template <Next Needed, typename Work>
+inline __attribute__((always_inline)) void multiply_pairs(const uint8_t* next_a,
+                                                          const uint8_t* next_b, Work& work) {
   _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
+  if constexpr (Needed == Next::b) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, next_b, 64);
+    _tile_dpbf16ps(1, 4, 7);
+  } else {
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Needed != Next::none) _tile_loadd(4, next_a, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (Needed == Next::both) _tile_loadd(6, next_b, 64);
+  }
   _tile_dpbf16ps(3, 5, 7);
+  if constexpr (Needed == Next::a || Needed == Next::both) {
+    _tile_loadd(5, next_a + kTileBytes, 64);
+  }
+  if constexpr (Needed == Next::b || Needed == Next::both) {
+    _tile_loadd(7, next_b + kTileBytes, 64);
+  }
   work.advance();
 }
 
-/// The products of one step, smallest terms first.
+/// The products of one step, in an order that loads each operand seldom: with three terms low*high,
+/// high*high, middle*high, middle*middle, high*middle, high*low. The first operands are in their
+/// registers, and those of the next step follow if there is one.
 template <int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_step(const uint8_t* a, const uint8_t* b,
-                                                         Work& work) {
-  const auto high = 0 * kPairBytes, middle = 1 * kPairBytes, low = 2 * kPairBytes;
-  load_a(a + high);
+                                                         bool more, Work& work) {
+  const size_t high = 0, middle = kPairBytes, low = 2 * kPairBytes;
   if constexpr (Terms == 3) {
-    load_b(b + low);
-    multiply_pairs(work);
+    multiply_pairs<Next::a>(a + high, b, work);
+    multiply_pairs<Next::a>(a + middle, b, work);
+    multiply_pairs<Next::b>(a, b + middle, work);
+    multiply_pairs<Next::a>(a + high, b, work);
+    multiply_pairs<Next::b>(a, b + low, work);
+  } else if constexpr (Terms == 2) {
+    multiply_pairs<Next::a>(a + high, b, work);
+    multiply_pairs<Next::b>(a, b + middle, work);
   }
-  if constexpr (Terms >= 2) {
-    load_b(b + middle);
-    multiply_pairs(work);
-  }
-  load_b(b + high);
-  multiply_pairs(work);
-  if constexpr (Terms >= 2) {
-    load_a(a + middle);
-    multiply_pairs(work);
-  }
-  if constexpr (Terms == 3) {
-    load_b(b + middle);
-    multiply_pairs(work);
-    load_a(a + low);
-    load_b(b + high);
-    multiply_pairs(work);
+  if (more) {
+    multiply_pairs<Next::both>(a + (2 * Terms - 1) * kPairBytes, b + Terms * kPairBytes, work);
+  } else {
+    multiply_pairs<Next::none>(a, b, work);
   }
 }
 
@@ -207,8 +215,14 @@ inline __attribute__((always_inline)) void multiply_packed(const uint8_t* a, con
   _tile_loadd(1, start + kTileSide, start_bytes);
   _tile_loadd(2, start + kTileSide * start_stride, start_bytes);
   _tile_loadd(3, start + kTileSide * start_stride + kTileSide, start_bytes);
+  const uint8_t* const last_term = a + (Terms - 1) * kPairBytes;
+  _tile_loadd(4, last_term, 64);
+  _tile_loadd(6, b, 64);
+  _tile_loadd(5, last_term + kTileBytes, 64);
+  _tile_loadd(7, b + kTileBytes, 64);
   for (size_t step = 0; step < steps; ++step) {
-    multiply_step<Terms>(a + step * Terms * kPairBytes, b + step * Terms * kPairBytes, work);
+    multiply_step<Terms>(a + step * Terms * kPairBytes, b + step * Terms * kPairBytes,
+                         step + 1 < steps, work);
   }
   _tile_stored(0, c, c_bytes);
   _tile_stored(1, c + kTileSide, c_bytes);

@@ -48,7 +48,7 @@ inline const float* padded_rows(const Rows& rows, int count, float* copy, size_t
     return static_cast<const float*>(rows.data) + rows.first;
   }
   stride = padded(rows.width);
-  std::memset(copy, 0, kKeyBlock * stride * sizeof(float));
+  std::memset(copy, 0, padded(size_t(count)) * stride * sizeof(float));
   for (int i = 0; i < count; ++i) {
     widen(rows.type, rows.data, rows.first + i * rows.stride, rows.width, copy + i * stride);
   }

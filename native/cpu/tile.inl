@@ -18,11 +18,7 @@ struct Call {
 };
 
 /// Whether a problem is large enough to wake other threads for: about 20 microseconds of work.
-inline bool worth_sharing(const Problem& p) {
-  return double(p.batch) * p.query_heads * p.query_length * p.key_length *
-             (p.head_dim + p.value_dim) >
-         1e6;
-}
+inline bool worth_sharing(const Problem& p) { return multiply_adds(p) > 1e6; }
 
 // ------------------------------------------------------------------------------------ functions
 

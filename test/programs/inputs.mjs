@@ -22,11 +22,11 @@ export function makeInputs(dims) {
 }
 
 /**
- * FNV-1a over the bytes of a tensor: equal for equal bits.
- * @param {Tensor} tensor
+ * FNV-1a over the bytes of a tensor or mask: equal for equal bits.
+ * @param {{data: ArrayBufferView}} tensor
  */
-export function fingerprint(tensor) {
-  const { buffer, byteOffset, byteLength } = tensor.data;
+export function fingerprint({ data }) {
+  const { buffer, byteOffset, byteLength } = data;
   let hash = 0x811c9dc5;
   for (const byte of new Uint8Array(buffer, byteOffset, byteLength)) {
     hash = Math.imul(hash ^ byte, 0x01000193) >>> 0;
