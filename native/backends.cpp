@@ -10,6 +10,8 @@ const Backend* const kBackends[] = {
     &kAmxBackend,
     &kAvx512Backend,
     &kAvx2Backend,
+#elif defined(__aarch64__) || defined(_M_ARM64)
+    &kNeonBackend,
 #endif
     &kPortableBackend,
 };

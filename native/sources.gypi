@@ -11,6 +11,7 @@
       'native/cpu/avx2.cpp',
       'native/cpu/avx512.cpp',
       'native/cpu/amx.cpp',
+      'native/cpu/neon.cpp',
     ],
     'sdpa_defines': [
       'NAPI_VERSION=9',

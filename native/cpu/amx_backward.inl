@@ -28,22 +28,22 @@ struct PackedChunk {
 /// One thread's buffers: those of the vector kernel and the packed operands.
 struct AmxBackwardBuffers {
   BackwardBuffers vector;
-  uint8_t* chunk;                        // PackedChunk
-  uint8_t* queries[kBlocksAtOnce];       // operand B: pairs of channels
-  uint8_t* grad_outputs[kBlocksAtOnce];  // operand B: pairs of channels
-  uint8_t* query_pairs;                  // operand B: pairs of queries, both blocks
-  uint8_t* grad_output_pairs;            // operand B: pairs of queries, both blocks
-  uint8_t* weights;                      // operand A: [2 halves of keys][2 blocks of queries]
-  uint8_t* grad_scores;                  // operand A: the same
-  uint8_t* grad_score_pairs;             // operand B: pairs of keys
-  float* rows;                           // [kKeyBlock][whole widest], to pack from
-  float* score_tile;                     // [kKeyBlock][kQueryBlock]
-  float* grad_tile;                      // [kKeyBlock][kQueryBlock]
-  float* grad_query[kBlocksAtOnce];      // [whole head_dim][kQueryBlock]
-  float* grad_key;                       // [chunk][whole head_dim]
-  float* grad_value;                     // [chunk][whole value_dim]
-  float* minus_lse[kBlocksAtOnce];       // [kQueryBlock], in units of log2(e)
-  float* delta[kBlocksAtOnce];           // [kQueryBlock]
+  uint8_t* chunk;                            // PackedChunk
+  uint8_t* queries[kBlocksAtOnce];           // operand B: pairs of channels
+  uint8_t* grad_outputs[kBlocksAtOnce];      // operand B: pairs of channels
+  uint8_t* query_pairs;                      // operand B: pairs of queries, both blocks
+  uint8_t* grad_output_pairs;                // operand B: pairs of queries, both blocks
+  uint8_t* weights;                          // operand A: [2 halves of keys][2 blocks of queries]
+  uint8_t* grad_scores;                      // operand A: the same
+  uint8_t* grad_score_pairs[kBlocksAtOnce];  // operand B: pairs of keys
+  float* rows;                               // [kKeyBlock][whole widest], to pack from
+  float* score_tile[kBlocksAtOnce];          // [kKeyBlock][kQueryBlock]
+  float* grad_tile[kBlocksAtOnce];           // [kKeyBlock][kQueryBlock]
+  float* grad_query[kBlocksAtOnce];          // [whole head_dim][kQueryBlock]
+  float* grad_key;                           // [chunk][whole head_dim]
+  float* grad_value;                         // [chunk][whole value_dim]
+  float* minus_lse[kBlocksAtOnce];           // [kQueryBlock], in units of log2(e)
+  float* delta[kBlocksAtOnce];               // [kQueryBlock]
 
   uint8_t* operand(size_t floats) { return reinterpret_cast<uint8_t*>(scratch_.take(floats)); }
 
@@ -53,10 +53,10 @@ struct AmxBackwardBuffers {
     const size_t pair = terms * kPairBytes / sizeof(float), tiles = chunk_keys / kKeyBlock;
     const size_t widest = std::max(head, value) * kStepDepth, tile = kKeyBlock * kQueryBlock;
     const size_t chunk_floats = tiles * (2 * head + value) * 2 * pair;
-    const size_t floats = chunk_floats + 4 * (head + value) * pair + 10 * pair +
-                          kKeyBlock * widest + 2 * tile + 2 * whole(p.head_dim) * kQueryBlock +
+    const size_t floats = chunk_floats + 4 * (head + value) * pair + 12 * pair +
+                          kKeyBlock * widest + 4 * tile + 2 * whole(p.head_dim) * kQueryBlock +
                           chunk_keys * (whole(p.head_dim) + whole(p.value_dim)) + 4 * kQueryBlock;
-    if (!vector.allocate(call, chunk_keys, 0) || !scratch_.reserve(floats, 24)) return false;
+    if (!vector.allocate(call, chunk_keys, 0) || !scratch_.reserve(floats, 28)) return false;
     chunk = operand(chunk_floats);
     for (int i = 0; i < kBlocksAtOnce; ++i) {
       queries[i] = operand(head * pair);
@@ -64,15 +64,15 @@ struct AmxBackwardBuffers {
       grad_query[i] = scratch_.take(whole(p.head_dim) * kQueryBlock);
       minus_lse[i] = scratch_.take(kQueryBlock);
       delta[i] = scratch_.take(kQueryBlock);
+      score_tile[i] = scratch_.take(tile);
+      grad_tile[i] = scratch_.take(tile);
+      grad_score_pairs[i] = operand(2 * pair);
     }
     query_pairs = operand(2 * head * pair);
     grad_output_pairs = operand(2 * value * pair);
     weights = operand(4 * pair);
     grad_scores = operand(4 * pair);
-    grad_score_pairs = operand(2 * pair);
     rows = scratch_.take(kKeyBlock * widest);
-    score_tile = scratch_.take(tile);
-    grad_tile = scratch_.take(tile);
     grad_key = scratch_.take(chunk_keys * whole(p.head_dim));
     grad_value = scratch_.take(chunk_keys * whole(p.value_dim));
     return !scratch_.overrun();
@@ -162,64 +162,99 @@ inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBl
   std::memset(k.f.grad_query[block], 0, whole(p.head_dim) * kQueryBlock * sizeof(float));
 }
 
-/// Two keys at a time: weights from scores, gradients of the scores from those of the weights, and
-/// both as operands. `slope` is the softcap's derivative, or null.
+/// Turns a tile of scores and of weight gradients into operands, two keys at a time: weights (after
+/// dropout) for grad_value, score gradients for grad_key and grad_query.
 template <int Terms>
-inline void differentiate_tile(const AmxBackwardTask<Terms>& k, int block, const float* keep,
-                               const float* slope) {
-  const Floats zero = broadcast(0.0f), keep_scale = broadcast(k.call().dropout.keep_scale);
-  for (int row = 0; row < kKeyBlock; row += 2) {
+struct DifferentiateWork {
+  const float* scores;  // less lse, [kKeyBlock][kQueryBlock]
+  const float* grads;   // of the weights, the same
+  const float* keep;    // dropout decisions, the same, or null
+  const float* slope;   // the softcap's derivative, the same, or null
+  const float* delta;   // [kQueryBlock]
+  float keep_scale;
+  uint8_t* weights;           // operand A, at this block's step
+  uint8_t* grad_scores;       // operand A, at this block's step
+  uint8_t* grad_score_pairs;  // operand B
+  uint32_t rate;              // pairs of keys per advance(), in units of 2^-16
+  int row = 0;
+  uint32_t due = 0;
+
+  inline __attribute__((always_inline)) void advance() {
+    for (due += rate; due >= 1 << 16; due -= 1 << 16) next_pair();
+  }
+  inline void finish() {
+    while (row < kKeyBlock) next_pair();
+  }
+  inline __attribute__((always_inline)) void next_pair() {
+    if (row >= kKeyBlock) return;
     Floats weight[2][kQueryVectors], grad[2][kQueryVectors];
     for (int r = 0; r < 2; ++r) {
-      for (int v = 0; v < kQueryVectors; ++v) {
-        const int i = (row + r) * kQueryBlock + v * kLanes;
-        const Floats w = exponential2<Terms>(load(k.f.score_tile + i));
-        Floats g = load(k.f.grad_tile + i);
-        weight[r][v] = w;
-        if (keep) {
-          const Mask dropped = equal(load(keep + i), zero);
-          weight[r][v] = select(dropped, zero, mul(w, keep_scale));
-          g = select(dropped, zero, mul(g, keep_scale));
-        }
-        g = mul(w, sub(g, load(k.f.delta[block] + v * kLanes)));
-        grad[r][v] = slope ? mul(g, load(slope + i)) : g;
-      }
+      for (int v = 0; v < kQueryVectors; ++v) differentiate(row + r, v, weight[r][v], grad[r][v]);
     }
-    // Row `row` of operand A lies in half row / 32 of the keys, step `block`, tile row / 16 % 2.
-    const size_t at = (row / kStepDepth * kBlocksAtOnce + block) * Terms * kPairBytes +
+    // Row `row` of operand A lies in half row / 32 of the keys and in tile row / 16 % 2.
+    const size_t at = row / kStepDepth * kBlocksAtOnce * Terms * kPairBytes +
                       row / kTileSide % 2 * kTileBytes + row % kTileSide * sizeof(Words);
     for (int r = 0; r < 2; ++r) {
-      split_row<Terms>(weight[r][0], weight[r][1], k.f.weights + at + r * sizeof(Words),
-                       kPairBytes);
-      split_row<Terms>(grad[r][0], grad[r][1], k.f.grad_scores + at + r * sizeof(Words),
-                       kPairBytes);
+      split_row<Terms>(weight[r][0], weight[r][1], weights + at + r * sizeof(Words), kPairBytes);
+      split_row<Terms>(grad[r][0], grad[r][1], grad_scores + at + r * sizeof(Words), kPairBytes);
     }
     for (int v = 0; v < kQueryVectors; ++v) {
-      split_pair<Terms>(grad[0][v], grad[1][v],
-                        k.f.grad_score_pairs + pair_offset<Terms>(row / 2, v));
+      split_pair<Terms>(grad[0][v], grad[1][v], grad_score_pairs + pair_offset<Terms>(row / 2, v));
     }
+    row += 2;
+  }
+  inline __attribute__((always_inline)) void differentiate(int key, int v, Floats& weight,
+                                                           Floats& grad) const {
+    const int i = key * kQueryBlock + v * kLanes;
+    const Floats zero = broadcast(0.0f), w = exponential2<Terms>(load(scores + i));
+    Floats g = load(grads + i);
+    weight = w;
+    if (keep) {
+      const Mask dropped = equal(load(keep + i), zero);
+      weight = select(dropped, zero, mul(w, broadcast(keep_scale)));
+      g = select(dropped, zero, mul(g, broadcast(keep_scale)));
+    }
+    grad = mul(w, sub(g, load(delta + v * kLanes)));
+    if (slope) grad = mul(grad, load(slope + i));
+  }
+};
+
+template <int Terms>
+inline size_t tile_number(const AmxBackwardTask<Terms>& k, KeyTile tile) {
+  return (tile.first - k.task.keys.begin) / kKeyBlock;
+}
+
+inline bool is_plain(const Call& call, const QueryBlock& q, KeyTile tile) {
+  return q.vectors == kQueryVectors && is_plain(call, q.all, tile);
+}
+
+/// Scores of a tile (less lse where no rule follows) and the gradients of its weights.
+template <int Terms, typename Work>
+inline void multiply_tile(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
+                          KeyTile tile, Work& work) {
+  alignas(64) static constexpr float zeros[kQueryBlock] = {};
+  const Problem& p = k.problem();
+  const uint8_t* keys = k.packed.key_rows(tile_number(k, tile));
+  const uint8_t* values = k.packed.value_rows(tile_number(k, tile));
+  const float* const start = is_plain(k.call(), q, tile) ? k.f.minus_lse[block] : zeros;
+  for (int half = 0; half < 2; ++half) {
+    const size_t at = half * kStepDepth * kQueryBlock;
+    multiply_packed<Terms>(keys + half * k.packed.key_bytes / 2, k.f.queries[block],
+                           steps_of(p.head_dim), start, 0, k.f.score_tile[block] + at, kQueryBlock,
+                           work);
+    multiply_packed<Terms>(values + half * k.packed.value_bytes / 2, k.f.grad_outputs[block],
+                           steps_of(p.value_dim), zeros, 0, k.f.grad_tile[block] + at, kQueryBlock,
+                           work);
   }
 }
 
-/// Scores less lse of a tile, in units of log2(e); excluded keys far below. Returns the softcap's
-/// derivative where there is a softcap.
+/// Applies the rules to a tile of scores and subtracts lse; excluded keys end far below. Returns
+/// the softcap's derivative where there is a softcap.
 template <int Terms>
-inline const float* shifted_scores(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
-                                   KeyTile tile) {
-  const Problem& p = k.problem();
-  alignas(64) static constexpr float zeros[kQueryBlock] = {};
-  const size_t number = (tile.first - k.task.keys.begin) / kKeyBlock;
-  const bool plain = is_plain(k.call(), q.all, tile) && q.vectors == kQueryVectors;
-  const float* const start = plain ? k.f.minus_lse[block] : zeros;
-  float* const scores = k.f.score_tile;
-  const size_t steps = steps_of(p.head_dim);
-  NoWork none;
-  for (int half = 0; half < 2; ++half) {
-    multiply_packed<Terms>(k.packed.key_rows(number) + half * k.packed.key_bytes / 2,
-                           k.f.queries[block], steps, start, 0,
-                           scores + half * kStepDepth * kQueryBlock, kQueryBlock, none);
-  }
-  if (plain) return nullptr;
+inline const float* apply_backward_rules(const AmxBackwardTask<Terms>& k, const QueryBlock& q,
+                                         int block, KeyTile tile) {
+  if (is_plain(k.call(), q, tile)) return nullptr;
+  float* const scores = k.f.score_tile[block];
   float* const tangent = k.f.vector.tangent;
   apply_rules(k.call(), q, tile, k.f.vector.scores, k.f.vector.keep, scores, tangent);
   const Floats floor = broadcast(-200.0f), one = broadcast(1.0f);
@@ -231,7 +266,7 @@ inline const float* shifted_scores(const AmxBackwardTask<Terms>& k, const QueryB
       store(s, inside ? max_ignoring_nan(floor, add(load(s), minus_lse)) : floor);
     }
   }
-  if (p.softcap <= 0) return nullptr;
+  if (k.problem().softcap <= 0) return nullptr;
   for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
     const Floats t = load(tangent + i);
     store(tangent + i, sub(one, mul(t, t)));
@@ -239,31 +274,40 @@ inline const float* shifted_scores(const AmxBackwardTask<Terms>& k, const QueryB
   return tangent;
 }
 
-/// One block of queries against one tile: packs weights and score gradients, adds to grad_query.
+/// Sets up what follows the products of a tile, to be done in `steps` steps of other products.
 template <int Terms>
-inline void backward_tile_amx(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
-                              KeyTile tile) {
-  const Problem& p = k.problem();
+inline DifferentiateWork<Terms> differentiate_work(const AmxBackwardTask<Terms>& k,
+                                                   const QueryBlock& q, int block, KeyTile tile,
+                                                   size_t steps) {
   const Dropout& d = k.call().dropout;
-  alignas(64) static constexpr float zeros[kQueryBlock] = {};
-  const size_t number = (tile.first - k.task.keys.begin) / kKeyBlock;
-  NoWork none;
-  const float* const slope = shifted_scores(k, q, block, tile);
-  for (int half = 0; half < 2; ++half) {
-    multiply_packed<Terms>(k.packed.value_rows(number) + half * k.packed.value_bytes / 2,
-                           k.f.grad_outputs[block], steps_of(p.value_dim), zeros, 0,
-                           k.f.grad_tile + half * kStepDepth * kQueryBlock, kQueryBlock, none);
-  }
+  const float* const slope = apply_backward_rules(k, q, block, tile);
   const float* keep = nullptr;
   if (d.on() && d.placement == Placement::weights) {
     keep_tile(k.call(), q, tile.first, tile.count, k.f.vector.keep);
     keep = k.f.vector.keep;
   }
-  differentiate_tile(k, block, keep, slope);
-  for (size_t s = 0; s < steps_of(p.head_dim); ++s) {
+  const size_t step = block * Terms * kPairBytes;
+  const uint32_t advances = uint32_t(steps) * kAdvancesAStep<Terms>;
+  return {k.f.score_tile[block],
+          k.f.grad_tile[block],
+          keep,
+          slope,
+          k.f.delta[block],
+          d.keep_scale,
+          k.f.weights + step,
+          k.f.grad_scores + step,
+          k.f.grad_score_pairs[block],
+          (kPairsPerTile << 16) / advances + 1};
+}
+
+template <int Terms, typename Work>
+inline void add_query_gradient(const AmxBackwardTask<Terms>& k, int block, KeyTile tile,
+                               Work& work) {
+  const uint8_t* keys = k.packed.key_columns(tile_number(k, tile));
+  for (size_t s = 0; s < steps_of(k.problem().head_dim); ++s, keys += 2 * Terms * kPairBytes) {
     float* const to = k.f.grad_query[block] + s * kStepDepth * kQueryBlock;
-    multiply_packed<Terms>(k.packed.key_columns(number) + s * 2 * Terms * kPairBytes,
-                           k.f.grad_score_pairs, 2, to, kQueryBlock, to, kQueryBlock, none);
+    multiply_packed<Terms>(keys, k.f.grad_score_pairs[block], 2, to, kQueryBlock, to, kQueryBlock,
+                           work);
   }
 }
 
@@ -282,6 +326,23 @@ inline void add_key_gradient(const uint8_t* operand, const uint8_t* pairs, size_
   }
 }
 
+/// Two blocks of queries against one tile: packs weights and score gradients, adds to grad_query.
+/// While one block's scores become gradients, tiles multiply for the other.
+template <int Terms>
+inline void backward_tile_amx(const AmxBackwardTask<Terms>& k, const QueryBlock* blocks,
+                              KeyTile tile) {
+  const size_t head = steps_of(k.problem().head_dim), value = steps_of(k.problem().value_dim);
+  NoWork none;
+  multiply_tile(k, blocks[0], 0, tile, none);
+  DifferentiateWork<Terms> first = differentiate_work(k, blocks[0], 0, tile, 2 * (head + value));
+  multiply_tile(k, blocks[1], 1, tile, first);
+  first.finish();
+  DifferentiateWork<Terms> second = differentiate_work(k, blocks[1], 1, tile, 2 * head);
+  add_query_gradient(k, 0, tile, second);
+  second.finish();
+  add_query_gradient(k, 1, tile, none);
+}
+
 /// Two blocks of queries against the chunk. True if a NaN came out in grad_query.
 template <int Terms>
 inline bool backward_blocks(const AmxBackwardTask<Terms>& k, const QueryBlock* blocks) {
@@ -294,7 +355,7 @@ inline bool backward_blocks(const AmxBackwardTask<Terms>& k, const QueryBlock* b
   seen = {std::max(seen.begin, k.task.keys.begin), std::min(seen.end, k.task.keys.end)};
   for (TileRange range(seen, p.key_length); !range.done(); range.advance()) {
     const KeyTile tile = range.tile();
-    for (int i = 0; i < kBlocksAtOnce; ++i) backward_tile_amx(k, blocks[i], i, tile);
+    backward_tile_amx(k, blocks, tile);
     const size_t row = tile.first - k.task.keys.begin;
     add_key_gradient<Terms>(k.f.weights, k.f.grad_output_pairs, whole(p.value_dim),
                             k.f.grad_value + row * whole(p.value_dim));

@@ -496,9 +496,8 @@ inline void accumulate_context_amx(AmxBlock<Terms>& k) {
   std::memset(f.sums, 0, kQueryBlock * sizeof(float));
   TileRange range(k.q.any, p.key_length);
   if (range.done()) return;
-  constexpr uint32_t advances_a_step = Terms == 3 ? 6 : Terms == 2 ? 3 : 1;
   const uint32_t steps = uint32_t(2 * steps_of(p.head_dim) + 2 * steps_of(p.value_dim));
-  const uint32_t rate = (kPairsPerTile << 16) / (steps * advances_a_step) + 1;
+  const uint32_t rate = (kPairsPerTile << 16) / (steps * kAdvancesAStep<Terms>)+1;
   NoWork none;
   multiply_scores<Steps>(k, range.first / kKeyBlock, f.minus_max,
                          f.scores[range.first / kKeyBlock & 1], none);

@@ -180,6 +180,12 @@ inline __attribute__((always_inline)) void multiply_pairs(const uint8_t* next_a,
   work.advance();
 }
 
+/// How often a step calls advance(): once for each product of terms.
+template <int Terms>
+constexpr uint32_t kAdvancesAStep = Terms == 3   ? 6
+                                    : Terms == 2 ? 3
+                                                 : 1;
+
 /// The products of one step, in an order that loads each operand seldom: with three terms low*high,
 /// high*high, middle*high, middle*middle, high*middle, high*low. The first operands are in their
 /// registers, and those of the next step follow if there is one.

@@ -12,9 +12,9 @@ namespace neon {
 // In the order of use: each builds on the one before.
 #include "cpu/vec_neon.h"
 
-// 6 x 4 accumulators, 4 operands and 1 broadcast: 29 of 32 registers. 10 loads serve 24 fused
-// multiply-adds, and four vectors divide the usual head dims.
-constexpr int kTileRows = 6;
+// 4 x 4 accumulators, 4 operands and 1 broadcast: 21 of 32 registers. 16 chains keep four units of
+// latency 4 busy, and both sizes divide a tile and the usual head dims. GCC spills larger tiles.
+constexpr int kTileRows = 4;
 constexpr int kQueryVectors = 4;
 
 #include "cpu/tile.inl"
