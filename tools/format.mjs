@@ -5,9 +5,11 @@ import { root, run } from './build-native.mjs';
 
 const isWrite = process.argv.includes('--write');
 const isNative = /\.(h|cpp|inl|cu|cuh)$/;
-const native = readdirSync(path.join(root, 'native'), { recursive: true, encoding: 'utf8' })
-  .filter((name) => isNative.test(name))
-  .map((name) => path.join('native', name));
+const native = ['native', 'bench'].flatMap((folder) =>
+  readdirSync(path.join(root, folder), { recursive: true, encoding: 'utf8' })
+    .filter((name) => isNative.test(name))
+    .map((name) => path.join(folder, name)),
+);
 
 const biome = ['node_modules/@biomejs/biome/bin/biome', 'check', '--error-on-warnings'];
 const clang = ['node_modules/clang-format/index.js', ...native];
