@@ -47,6 +47,27 @@ export const CASES = [
   define('1x32x1024x128', 'decode', { queryLength: 1 }),
 ];
 
+const causal = { options: { isCausal: true } };
+
+/** What is compared with other libraries. */
+export const PEER_CASES = [
+  define('1x12x128x64'),
+  define('8x12x128x64'),
+  define('1x12x512x64'),
+  define('1x12x1024x64'),
+  define('1x12x1024x64', 'causal', causal),
+  define('1x12x2048x64'),
+  define('1x12x2048x64', 'causal', causal),
+  define('1x12x8192x64'),
+  define('1x12x8192x64', 'causal', causal),
+  define('1x32x1024x128'),
+  define('1x32x1024x128', 'causal', causal),
+  define('1x32x1024x128', 'decode', { queryLength: 1 }),
+  define('1x32x4096x128', 'decode', { queryLength: 1 }),
+  define('1x12x1024x64', 'backward', { isBackward: true }),
+  define('1x32x1024x128', 'backward', { isBackward: true }),
+];
+
 /** Floating-point operations of one call, by the usual count. @param {Case} problem */
 export function countFlops({ batch, heads, queryLength, keyLength, headDim, options, isBackward }) {
   const pairs = queryLength * keyLength * (options.isCausal ? 0.5 : 1);

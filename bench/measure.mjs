@@ -6,90 +6,77 @@ import {
   setNumThreads,
   Tensor,
 } from 'node-sdpa';
-import { countFlops, normals } from './cases.mjs';
+import { normals } from './cases.mjs';
 import { computeHead, relativeError } from './reference.mjs';
+import { summarize, takeTurn } from './timing.mjs';
 
-/** The largest relative error that float32 arithmetic may show here. */
-const TOLERANCE = 1e-5;
-/** What a subject computes in its turn: calls for this long, and at least one. */
-const TURN_MS = 15;
+/** The largest relative error that arithmetic of each precision may show here. */
+export const TOLERANCE = { highest: 1e-5, high: 1e-4, medium: 1e-2 };
 
 /** @typedef {import('./cases.mjs').Case} Case */
 /** @typedef {{backend: import('node-sdpa').BackendName, threads: number}} Subject */
+/** @typedef {import('node-sdpa').TensorLike} TensorLike */
+/** @typedef {Record<'query' | 'key' | 'value' | 'gradOutput', TensorLike>} Inputs */
 /** @typedef {{seconds: number, turns: number}} Effort least time and turns for a case */
-/**
- * @typedef {object} Result
- * @property {string} case
- * @property {string} backend
- * @property {number} threads
- * @property {number} calls
- * @property {number} minMs
- * @property {number} medianMs
- * @property {number} p90Ms
- * @property {number} gflops at the median
- * @property {number} error relative L2 error of one head
- */
+/** @typedef {import('./timing.mjs').Result} Result */
 
 /**
  * @param {Case} problem
  * @param {Subject[]} subjects
  * @param {Effort} effort
- * @returns {Result[]}
+ * @returns {Promise<Result[]>}
  */
-export function measure(problem, subjects, effort) {
+export async function measure(problem, subjects, effort) {
   const tensors = createTensors(problem);
   const expected = computeHead(problem, lastHead(problem, tensors), lastPosition(problem));
   const runs = subjects.map((subject) => {
     setNumThreads(subject.threads);
-    const { call, backend } = prepare(problem, tensors, subject);
+    const { threads } = subject;
+    const call = prepare(problem, tensors, { backend: subject.backend, out: tensors.out });
+    const backend = nameBackend(subject.backend);
     const results = lastHeads(problem, call());
     const error = Math.max(...results.map((got, i) => relativeError(got, expected[i])));
-    if (!(error <= TOLERANCE)) {
+    if (!(error <= TOLERANCE.highest)) {
       throw new Error(`${problem.name} on ${backend}: relative error ${error}`);
     }
-    const { threads } = subject;
     return { backend, threads, call, error, /** @type {number[]} */ times: [] };
   });
   const end = performance.now() + 1000 * effort.seconds;
   for (let turn = 0; turn < effort.turns || performance.now() < end; turn++) {
-    for (const run of runs) takeTurn(run);
+    for (const run of runs) {
+      setNumThreads(run.threads);
+      await takeTurn(run);
+    }
   }
   return runs.map((run) => summarize(problem, run));
 }
 
-/** @param {{threads: number, call: () => void, times: number[]}} run */
-function takeTurn({ threads, call, times }) {
-  setNumThreads(threads);
-  call(); // wakes threads and fills caches, untimed
-  const end = performance.now() + TURN_MS;
-  do {
-    const start = performance.now();
-    call();
-    times.push(performance.now() - start);
-  } while (performance.now() < end);
-}
-
 /**
- * What is timed, and the name of the backend that really computes it.
+ * What is timed: the whole call, or the backward call alone.
  * @param {Case} problem
- * @param {ReturnType<typeof createTensors>} tensors
- * @param {Subject} subject
+ * @param {Inputs} inputs
+ * @param {import('node-sdpa').AttentionOptions} more options besides the problem's own
+ * @returns {() => Tensor[]}
  */
-function prepare({ options, isBackward }, tensors, { backend }) {
-  const { query, key, value, gradOutput, out } = tensors;
-  const result = attentionForwardSync(query, key, value, { ...options, backend });
-  const forward = () =>
-    scaledDotProductAttentionSync(query, key, value, { ...options, backend, out });
-  const backward = () => {
+export function prepare({ options, isBackward }, { query, key, value, gradOutput }, more) {
+  const all = { ...options, ...more };
+  if (!isBackward) return () => [scaledDotProductAttentionSync(query, key, value, all)];
+  const { out: _, ...rest } = all;
+  const result = attentionForwardSync(query, key, value, rest);
+  return () => {
     const { gradQuery, gradKey, gradValue } = result.backwardSync(gradOutput);
     return [gradQuery, gradKey, gradValue];
   };
-  const call = isBackward ? backward : () => [forward()];
-  return { call, backend: result.backend };
+}
+
+/** The backend that really computes. @param {import('node-sdpa').BackendName} backend as asked */
+export function nameBackend(backend) {
+  const tensor = { data: Float32Array.of(1), dims: [1, 1, 1, 1] };
+  return attentionForwardSync(tensor, tensor, tensor, { backend }).backend;
 }
 
 /** @param {Case} problem */
-function createTensors({ batch, heads, queryLength, keyLength, headDim }) {
+export function createTensors({ batch, heads, queryLength, keyLength, headDim }) {
   const next = normals(20240229);
   const create = (/** @type {number} */ length) => {
     const data = Float32Array.from({ length: batch * heads * length * headDim }, next);
@@ -120,26 +107,4 @@ function lastHeads({ headDim }, tensors) {
   return tensors.map(({ data, dims }) =>
     /** @type {Float32Array} */ (data).slice(-dims[2] * headDim),
   );
-}
-
-/**
- * @param {Case} problem
- * @param {{backend: string, threads: number, times: number[], error: number}} run
- * @returns {Result}
- */
-function summarize(problem, { backend, threads, times, error }) {
-  const sorted = times.sort((a, b) => a - b);
-  const quantile = (/** @type {number} */ q) => sorted[Math.round(q * (sorted.length - 1))];
-  const medianMs = quantile(0.5);
-  return {
-    case: problem.name,
-    backend,
-    threads,
-    calls: sorted.length,
-    minMs: quantile(0),
-    medianMs,
-    p90Ms: quantile(0.9),
-    gflops: countFlops(problem) / medianMs / 1e6,
-    error,
-  };
 }

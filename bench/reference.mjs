@@ -17,9 +17,10 @@ import { dropoutMask } from 'node-sdpa';
  * @param {Case} problem
  * @param {Head} head
  * @param {{batch: number, head: number}} position of the head, for its dropout decisions
+ * @param {Iterable<number>} [queries] only these; the output's other rows stay 0
  * @returns {Floats[]}
  */
-export function computeHead(problem, head, position) {
+export function computeHead(problem, head, position, queries = Array(problem.queryLength).keys()) {
   const { queryLength: rows, keyLength: keys, headDim: width, options } = problem;
   const scale = 1 / Math.sqrt(width);
   const keep = decide(problem, position);
@@ -27,7 +28,7 @@ export function computeHead(problem, head, position) {
   const gradQuery = new Float64Array(rows * width);
   const gradKey = new Float64Array(keys * width);
   const gradValue = new Float64Array(keys * width);
-  for (let i = 0; i < rows; i++) {
+  for (const i of queries) {
     const weights = new Float64Array(keys);
     const seen = options.isCausal ? Math.min(i + 1, keys) : keys;
     for (let j = 0; j < seen; j++) {

@@ -1,10 +1,24 @@
 // The benchmark's results as a table, as JSON and as a chart.
 import { mkdirSync, writeFileSync } from 'node:fs';
+import { arch, cpus, platform, release } from 'node:os';
 import path from 'node:path';
 import { save } from '../examples/demo/pictures.mjs';
 
-/** @typedef {import('./measure.mjs').Result} Result */
+/** @typedef {import('./timing.mjs').Result} Result */
 /** @typedef {Record<string, string | number>} Machine */
+
+/** What a result is worth nothing without. @param {string} version of this package */
+export function describeMachine(version) {
+  return {
+    cpu: cpus()[0]?.model ?? 'unknown CPU',
+    cores: cpus().length,
+    platform: `${platform()} ${arch()} ${release()}`,
+    node: process.versions.node,
+    v8: process.versions.v8,
+    package: version,
+    date: new Date().toISOString().slice(0, 16).replace('T', ' '),
+  };
+}
 
 const COLORS = ['#0d2f57', '#2b6ca3', '#6fa3cc', '#0b8a74', '#7a4b0a'];
 const JS_COLOR = '#d9481c';

@@ -6,14 +6,13 @@
 //     --threads COUNTS   of native backends (default: 1,2)
 //     --quick            fewer repeats
 //     --out FOLDER       for results.json and the chart (default: out/bench)
-import { arch, cpus, platform, release } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { backendInfo } from 'node-sdpa';
 import { CASES } from './cases.mjs';
 import { measure } from './measure.mjs';
-import { printCase, printHeader, writeFiles } from './report.mjs';
+import { describeMachine, printCase, printHeader, writeFiles } from './report.mjs';
 
 const DEFAULT_OUT = fileURLToPath(new URL('../out/bench', import.meta.url));
 const THOROUGH = { seconds: 6, turns: 5 };
@@ -30,15 +29,7 @@ const { values: options } = parseArgs({
 });
 
 const info = backendInfo();
-const machine = {
-  cpu: cpus()[0]?.model ?? 'unknown CPU',
-  cores: cpus().length,
-  platform: `${platform()} ${arch()} ${release()}`,
-  node: process.versions.node,
-  v8: process.versions.v8,
-  package: info.version,
-  date: new Date().toISOString().slice(0, 16).replace('T', ' '),
-};
+const machine = describeMachine(info.version);
 const parts = options.shapes.split(',');
 const cases = CASES.filter(({ name }) => parts.some((part) => name.includes(part.trim())));
 if (cases.length === 0) {
@@ -52,7 +43,7 @@ console.log(`${machine.cpu}, ${machine.cores} cores, ${machine.platform}, ${mach
 printHeader();
 const results = [];
 for (const problem of cases) {
-  const measured = measure(problem, subjects(), options.quick ? QUICK : THOROUGH);
+  const measured = await measure(problem, subjects(), options.quick ? QUICK : THOROUGH);
   printCase(measured);
   results.push(...measured);
 }

@@ -1,97 +1,157 @@
-// The tiny ONNX models that onnxruntime is measured with, encoded as protobuf by hand: one graph for
-// each form in which attention can be written (onnx.proto gives the field numbers).
+// The forms in which onnxruntime can be given attention, each as a model of one call: which inputs
+// it takes, in which layout, and what it gives.
+import { CONTRIB, encodeModel } from './onnx-encode.mjs';
 
 /** @typedef {import('../cases.mjs').Case} Case */
-/** @typedef {{name: string, dims: (number | string)[], type?: number}} Value a graph's input */
+/** @typedef {import('./onnx-encode.mjs').Value} Value */
+/** @typedef {{bytes: Buffer, inputs: Value[], outputs: Value[]}} Model */
 
-const FLOAT = 1;
-export const INT32 = 6;
-const CONTRIB = 'com.microsoft';
+/**
+ * The forms by name. Inputs named query, key and value with three axes are [batch, length, heads *
+ * headDim], with four [batch, heads, length, headDim]; so is the first output.
+ * @type {Record<string, (problem: Case) => Model>}
+ */
+export const FORMS = {
+  MultiHeadAttention: (problem) => multiHead(problem, flat(problem)),
+  'MultiHeadAttention 4-D': (problem) => multiHead(problem, apart(problem)),
+  'Attention-23': attention,
+  'MatMul + Softmax': decomposed,
+  GroupQueryAttention: (problem) =>
+    problem.queryLength === 1 ? groupQueryDecode(problem) : groupQuery(problem),
+};
 
-/** @param {number} value */
-function varint(value) {
-  const bytes = [];
-  for (; value > 127; value = Math.floor(value / 128)) bytes.push((value % 128) | 128);
-  return Buffer.from([...bytes, value]);
+/** GroupQueryAttention is always causal, which a single query at the end does not notice. */
+export function fits(/** @type {string} */ form, /** @type {Case} */ problem) {
+  const { isCausal } = problem.options;
+  return form !== 'GroupQueryAttention' || isCausal || problem.queryLength === 1;
+}
+
+/** Shapes of query and key with the heads side by side. @param {Case} problem */
+function flat({ batch, heads, queryLength, keyLength, headDim }) {
+  const width = heads * headDim;
+  return { query: [batch, queryLength, width], key: [batch, keyLength, width] };
+}
+
+/** Shapes of query and key with the heads apart. @param {Case} problem */
+function apart({ batch, heads, queryLength, keyLength, headDim }) {
+  return {
+    query: [batch, heads, queryLength, headDim],
+    key: [batch, heads, keyLength, headDim],
+  };
 }
 
 /**
- * One field: numbers as varints, the rest with its length before it.
- * @param {number} number
- * @param {number | string | Buffer} content
+ * @param {number[]} query shape of the query and the output
+ * @param {number[]} key shape of the key and the value
  */
-function field(number, content) {
-  if (typeof content === 'number') return Buffer.concat([varint(number * 8), varint(content)]);
-  const bytes = Buffer.from(/** @type {Buffer} */ (content));
-  return Buffer.concat([varint(number * 8 + 2), varint(bytes.length), bytes]);
+function values(query, key) {
+  const inputs = [
+    { name: 'query', dims: query },
+    { name: 'key', dims: key },
+    { name: 'value', dims: key },
+  ];
+  return { inputs, outputs: [{ name: 'output', dims: query }] };
 }
 
-/** @param {number} number @param {number} content */
-function float(number, content) {
-  const bytes = Buffer.alloc(4);
-  bytes.writeFloatLE(content);
-  return Buffer.concat([varint(number * 8 + 5), bytes]);
+/** Query with three axes always; key and value as given. */
+function multiHead(/** @type {Case} */ problem, /** @type {{key: number[]}} */ { key }) {
+  const { inputs, outputs } = values(flat(problem).query, key);
+  const node = {
+    type: 'MultiHeadAttention',
+    inputs: ['query', 'key', 'value'],
+    outputs: ['output'],
+    attributes: { num_heads: problem.heads, unidirectional: problem.options.isCausal ? 1 : 0 },
+    domain: CONTRIB,
+  };
+  return { inputs, outputs, bytes: encodeModel([node], inputs, outputs) };
 }
 
-/** Whole numbers become ints, a Float of ours is marked. @param {string} name @param {any} value */
-function attribute(name, value) {
-  const content = Array.isArray(value)
-    ? [...value.map((item) => field(8, item)), field(20, 7)]
-    : value instanceof Real
-      ? [float(2, value.value), field(20, 1)]
-      : [field(3, value), field(20, 2)];
-  return Buffer.concat([field(1, name), ...content]);
+/** @param {Case} problem */
+function attention(problem) {
+  const { query, key } = apart(problem);
+  const { inputs, outputs } = values(query, key);
+  const node = {
+    type: 'Attention',
+    inputs: ['query', 'key', 'value'],
+    outputs: ['output'],
+    attributes: { is_causal: problem.options.isCausal ? 1 : 0 },
+  };
+  return { inputs, outputs, bytes: encodeModel([node], inputs, outputs) };
 }
 
-class Real {
-  /** @param {number} value */
-  constructor(value) {
-    this.value = value;
+/** Single operators, which onnxruntime fuses as it can; a causal mask is added. */
+function decomposed(/** @type {Case} */ problem) {
+  const { queryLength, keyLength, headDim, options } = problem;
+  const { query, key } = apart(problem);
+  const { inputs, outputs } = values(query, key);
+  const perm = [0, 1, 3, 2];
+  const nodes = [
+    { type: 'Transpose', inputs: ['key'], outputs: ['keyT'], attributes: { perm } },
+    { type: 'MatMul', inputs: ['query', 'keyT'], outputs: ['products'] },
+    { type: 'Mul', inputs: ['products', 'scale'], outputs: ['scores'] },
+  ];
+  if (options.isCausal) {
+    inputs.push({ name: 'mask', dims: [1, 1, queryLength, keyLength] });
+    nodes.push({ type: 'Add', inputs: ['scores', 'mask'], outputs: ['masked'] });
   }
+  const scores = options.isCausal ? 'masked' : 'scores';
+  nodes.push(
+    { type: 'Softmax', inputs: [scores], outputs: ['weights'] },
+    { type: 'MatMul', inputs: ['weights', 'value'], outputs: ['output'] },
+  );
+  const scale = 1 / Math.sqrt(headDim);
+  return { inputs, outputs, bytes: encodeModel(nodes, inputs, outputs, { scale }) };
 }
 
-/**
- * @param {string} type
- * @param {string[]} inputs '' leaves an optional one out
- * @param {string[]} outputs
- * @param {Record<string, number | number[] | Real>} [attributes]
- * @param {string} [domain]
- */
-function node(type, inputs, outputs, attributes = {}, domain = '') {
-  return Buffer.concat([
-    ...inputs.map((name) => field(1, name)),
-    ...outputs.map((name) => field(2, name)),
-    field(4, type),
-    ...Object.entries(attributes).map(([name, value]) => field(5, attribute(name, value))),
-    field(7, domain),
-  ]);
+/** Without a cache. @param {Case} problem */
+function groupQuery(problem) {
+  const { query, key } = flat(problem);
+  const { inputs, outputs } = values(query, key);
+  inputs.push(...lengths(problem));
+  const names = ['query', 'key', 'value', '', '', 'lastKeys', 'totalLength'];
+  const bytes = encodeModel([groupQueryNode(problem, names)], inputs, outputs);
+  return { inputs, outputs, bytes };
 }
 
-/** @param {Value} value */
-function valueInfo({ name, dims, type = FLOAT }) {
-  const shape = dims.map((dim) => field(1, typeof dim === 'number' ? field(1, dim) : field(2, dim)));
-  const tensor = Buffer.concat([field(1, type), field(2, Buffer.concat(shape))]);
-  return Buffer.concat([field(1, name), field(2, field(1, tensor))]);
+/** With a cache that has room for the newest key and value, which are written into it in place. */
+function groupQueryDecode(/** @type {Case} */ problem) {
+  const { query } = flat(problem);
+  const { key: cache } = apart(problem);
+  const inputs = [
+    { name: 'query', dims: query },
+    { name: 'newKey', dims: query },
+    { name: 'newValue', dims: query },
+    { name: 'pastKey', dims: cache },
+    { name: 'pastValue', dims: cache },
+    ...lengths(problem),
+  ];
+  const outputs = [
+    { name: 'output', dims: query },
+    { name: 'presentKey', dims: cache },
+    { name: 'presentValue', dims: cache },
+  ];
+  const node = groupQueryNode(
+    problem,
+    inputs.map(({ name }) => name),
+  );
+  return { inputs, outputs, bytes: encodeModel([node], inputs, outputs) };
 }
 
-/**
- * @param {Buffer[]} nodes
- * @param {Value[]} inputs
- * @param {Value[]} outputs
- * @param {Buffer[]} [initializers]
- */
-function model(nodes, inputs, outputs, initializers = []) {
-  const graph = Buffer.concat([
-    ...nodes.map((bytes) => field(1, bytes)),
-    field(2, 'attention'),
-    ...initializers.map((bytes) => field(5, bytes)),
-    ...inputs.map((value) => field(11, valueInfo(value))),
-    ...outputs.map((value) => field(12, valueInfo(value))),
-  ]);
-  const opsets = [
-    ['', 23],
-    [CONTRIB, 1],
-  ].map(([domain, version]) => Buffer.concat([field(1, domain), field(2, version)]));
-  return Buffer.concat([field(1, 10), field(7, graph), ...opsets.map((bytes) => field(8, bytes))]);
+/** @param {Case} problem @param {string[]} inputs */
+function groupQueryNode({ heads }, inputs) {
+  return {
+    type: 'GroupQueryAttention',
+    inputs,
+    outputs: ['output', 'presentKey', 'presentValue'],
+    attributes: { num_heads: heads, kv_num_heads: heads },
+    domain: CONTRIB,
+  };
 }
-export { field, float, node, model, Real, FLOAT, CONTRIB };
+
+/** @param {Case} problem @returns {Value[]} */
+function lengths({ batch }) {
+  return [
+    { name: 'lastKeys', dims: [batch], type: 'int32' },
+    { name: 'totalLength', dims: [1], type: 'int32' },
+  ];
+}
