@@ -1,5 +1,6 @@
 // Times this package against other libraries, side by side, each in a process of its own: checked
-// against float64 first, then in turns, in a new order each round.
+// against float64 first, then in turns, in a new order each round. All of it takes about an hour,
+// most of it for the two cases of length 8192.
 //
 //   npm run bench:peers -- [options]
 //     --shapes NAMES     only the cases with any of these (comma-separated) in their names
@@ -8,10 +9,10 @@
 //     --rounds COUNT     turns of each subject (default: 15; fewer where calls take seconds)
 //     --reuse-output     each library that can writes into an array that the caller keeps
 //     --quick            two rounds, to see that all work
-//     --out FOLDER       (default: bench/results/<date>-<machine>; out/bench-peers with --quick)
+//     --out FOLDER       (default: bench/results/<date>-<machine>; quick: out/bench-peers)
 //
-// PyTorch takes part, as a reference, where the Python that TORCH_PYTHON names, or else python3, can
-// import torch.
+// PyTorch takes part, as a reference, where the Python that TORCH_PYTHON names, or else python3,
+// can import torch.
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { backendInfo } from 'node-sdpa';
@@ -69,7 +70,8 @@ if (failures.length > 0) process.exitCode = 1;
 
 function defaultFolder() {
   if (options.quick) return path.join(root, 'out', 'bench-peers');
-  const name = `${machine.date.slice(0, 10)} ${machine.cpu} ${machine.cores} cores`;
+  const cpu = machine.cpu.replace(/\((R|TM)\)/gi, '');
+  const name = `${machine.date.slice(0, 10)} ${cpu} ${machine.cores} cores`;
   return path.join(root, 'bench', 'results', name.replace(/\W+/g, '-').toLowerCase());
 }
 

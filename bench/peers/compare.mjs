@@ -16,7 +16,8 @@ import { commandOf, nameSubject } from './subjects.mjs';
 /** @typedef {Omit<ReturnType<typeof summarize>, 'backend'>} Numbers */
 /** @typedef {Numbers & Subject} Result */
 /** @typedef {Subject & {case: string, extraMiB: number}} Memory */
-/** @typedef {{id: string, subject: Subject, error: number, times: number[], spentMs: number}} Run */
+/** @typedef {{error: number, times: number[], spentMs: number}} State */
+/** @typedef {{id: string, subject: Subject} & State} Run */
 
 /** Each setting of a library has a process. @param {{library: string, setting: string}} subject */
 export function nameProcess({ library, setting }) {

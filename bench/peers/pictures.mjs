@@ -21,7 +21,8 @@ const INK = '#1f2933';
 const LENGTH_CASE = /^1x12x(?<length>\d+)x64(?<causal> causal)?$/;
 
 /**
- * Time of a call against the length, both logarithmic: every key on the left, causal on the right.
+ * Time of a call against the length, both logarithmic: every key on the left, causal on the right;
+ * null where no such case was measured.
  * @param {Standing[]} standings
  * @param {number} threads
  * @param {string} machine
@@ -33,6 +34,7 @@ export function timeChart(standings, threads, machine) {
     const panel = found.causal ? 'causal' : 'every query sees every key';
     return [{ ...point, length: Number(found.length), panel }];
   });
+  if (values.length === 0) return null;
   const lengths = [...new Set(values.map(({ length }) => length))];
   const log = (/** @type {number} */ base) => ({ type: 'log', base, nice: false, padding: 12 });
   const x = { field: 'length', type: 'quantitative', scale: log(2), title: 'length' };
@@ -50,7 +52,7 @@ export function timeChart(standings, threads, machine) {
     title: {
       text: 'Time of one call of attention against the length',
       subtitle: [
-        `Float32; batch 1, 12 heads, head dim 64; medians. Threads: ${threads}; js and tfjs have one.`,
+        `Float32; batch 1, 12 heads, head dim 64; medians. Threads: ${threads}; of js and tfjs: 1.`,
         machine,
       ],
     },
@@ -92,8 +94,8 @@ export function speedChart(standings, threads, peaks, machine) {
     title: {
       text: 'Operations a second, and what the machine can do',
       subtitle: [
-        `Float32; batch x heads x length x head dim; medians. Threads: ${threads}. A causal call counts`,
-        'half the pairs. Dashed: the most multiply-adds in registers, measured on this machine.',
+        `Float32; batch x heads x length x head dim; medians. Threads: ${threads}. A causal call`,
+        'counts half the pairs. Dashed: the most multiply-adds in registers, measured here.',
         machine,
       ],
     },

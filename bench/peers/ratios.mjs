@@ -32,7 +32,7 @@ export function rank(results) {
       if (ours.length === 0) return [];
       const standing = {
         ours,
-        best: ours[0],
+        best: ours.find(({ precision }) => precision === 'highest') ?? ours[0],
         onnxruntime: fastest(alike, ONNXRUNTIME),
         pytorch: fastest(alike, PYTORCH),
         tfjs: fastest(all, TFJS),

@@ -59,22 +59,24 @@ export async function writeResults(folder, found) {
   mkdirSync(folder, { recursive: true });
   const data = JSON.stringify({ ...found, ratios }, round, 2);
   writeFileSync(path.join(folder, 'results.json'), `${data}\n`);
+  const line = `${machine.cpu}, ${machine.cores} cores, Node.js ${machine.node}, ${machine.date}`;
+  const counts = standings.map(({ threads }) => threads);
+  const time = timeChart(standings, Math.max(...counts), line);
+  const speed = speedChart(standings, Math.min(...counts), peaks, line);
   const cases = [...new Set(results.map((result) => result.case))];
   const text = [
     '# node-sdpa beside other libraries',
     ...describeRun(found),
-    '![Time of a call against the length](time.png)',
+    ...(time === null ? [] : ['![Time of a call against the length](time.png)']),
     "![Operations a second beside the machine's peaks](speed.png)",
     ...sections.flatMap(([title, table]) => [`## ${title}`, table]),
     '## All that was measured',
     ...cases.map((name) => caseTable(results.filter((result) => result.case === name))),
   ];
   writeFileSync(path.join(folder, 'README.md'), `${text.join('\n\n')}\n`);
-  const line = `${machine.cpu}, ${machine.cores} cores, Node.js ${machine.node}, ${machine.date}`;
-  const counts = standings.map(({ threads }) => threads);
-  await save(folder, 'time', timeChart(standings, Math.max(...counts), line));
-  await save(folder, 'speed', speedChart(standings, Math.min(...counts), peaks, line));
-  console.log(`README.md, results.json and two charts are in ${path.relative('', folder)}`);
+  if (time !== null) await save(folder, 'time', time);
+  await save(folder, 'speed', speed);
+  console.log(`README.md, results.json and the charts are in ${path.relative('', folder)}`);
 }
 
 /** Five digits of a number are enough. @param {string} _key @param {unknown} value */
