@@ -145,6 +145,25 @@ function droppedKeys(dropoutPlacement: Placement, keys: number[]): ReferenceOpti
   return { dropoutP: 0.25, dropoutPlacement, keepMask: { data, dims: [2, 2, 19, 37] } };
 }
 
+describe.each(BACKENDS)('%s, scores that grow along the keys', (backend) => {
+  // Five tiles of 64 keys: what was summed under an earlier maximum has to be brought to the new one.
+  const shape = [1, 2, 2, 65, 320, 32, 32] as const;
+  const base = namedTensors({ name: '', seed: 93, shape, options: {} });
+
+  test.each([
+    [4, undefined],
+    [40, undefined],
+    [4, 'weights'],
+    [4, 'scores'],
+  ] as const)('tile by tile, %d times the first; dropout %s', (step, dropoutPlacement) => {
+    const growth = (at: number) => 1 + step * Math.floor((Math.floor(at / 32) % 320) / 64);
+    const data = base.key.data.map((x, at) => x * growth(at));
+    const options = dropoutPlacement ? { dropoutP: 0.25, dropoutPlacement, seed: 5 } : {};
+    const call = representable({ ...base, key: { ...base.key, data }, options });
+    expectOutcome(call, run(runner(backend), call));
+  });
+});
+
 describe.each(BACKENDS)('%s, rows without keys', (backend) => {
   const shape = [2, 2, 2, 9, 17, 8, 12] as const;
   const base = namedTensors({ name: '', seed: 92, shape, options: {} });
