@@ -101,6 +101,12 @@ export const NAMED_CASES: readonly NamedCase[] = [
     shape: [1, 2, 2, 5, 4500, 8, 8],
     options: { ...FULL, dropoutP: 0.1, windowSize: [-1, -1], kvLengths: [4400] },
   },
+  {
+    name: 'wide heads, whose keys do not fit a cache at once',
+    seed: 112,
+    shape: [2, 2, 1, 70, 420, 320, 320],
+    options: { isCausal: true, causalOffset: 215, kvLengths: [420, 0] },
+  },
   { name: 'one of everything', seed: 108, shape: [1, 1, 1, 1, 1, 1, 1], options: {} },
   { name: 'widest heads', seed: 109, shape: [1, 1, 1, 17, 33, 512, 512], options: {} },
 ];

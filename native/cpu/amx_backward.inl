@@ -126,6 +126,15 @@ inline void pack_chunk(const AmxBackwardTask<Terms>& k) {
   }
 }
 
+/// Channels of queries, [width][kQueryBlock], times `scale`, with zeros up to whole steps.
+inline void scale_channels(const float* channels, float scale, size_t width, float* to) {
+  const size_t size = width * kQueryBlock;
+  for (size_t i = 0; i < size; i += kLanes) {
+    store(to + i, mul(load(channels + i), broadcast(scale)));
+  }
+  std::memset(to + size, 0, (whole(width) * kQueryBlock - size) * sizeof(float));
+}
+
 /// Packs one block of queries, given both ways round: by channels [padded width][kQueryBlock] for
 /// the products over channels, by rows [kQueryBlock][padded width] for those over queries.
 template <int Terms>

@@ -169,25 +169,32 @@ struct SoftmaxWork {
   }
 };
 
-// --------------------------------------------------------------------------------- packed heads
+// ----------------------------------------------------------------------------------- packed keys
 
-/// Keys and values of consecutive key/value heads, packed as operands A: for each tile of 64 keys,
-/// two halves of keys [2][steps of head_dim][terms], then columns of values
-/// [steps of value_dim][2][terms].
-struct PackedHeads {
-  size_t first = 0, count = 0;  // heads, counted over the batch
-  size_t tiles, key_bytes, value_bytes;
+/// What a tile of keys and values is packed into, as operands A: two halves of keys
+/// [2][steps of head_dim][terms], then columns of values [steps of value_dim][2][terms].
+struct PackedTile {
+  size_t key_bytes, value_bytes;
+
+  PackedTile(const Problem& p, int terms)
+      : key_bytes(2 * steps_of(p.head_dim) * terms * kPairBytes),
+        value_bytes(2 * steps_of(p.value_dim) * terms * kPairBytes) {}
+  size_t bytes() const { return key_bytes + value_bytes; }
+};
+
+/// The same run of tiles of consecutive key/value heads, packed.
+struct PackedKeys {
+  PackedTile layout;
+  size_t first_head = 0, heads = 0;  // counted over the batch
+  size_t first_tile = 0, tiles = 0;
   uint8_t* data = nullptr;
 
-  PackedHeads(const Problem& p, int terms)
-      : tiles((size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock),
-        key_bytes(2 * steps_of(p.head_dim) * terms * kPairBytes),
-        value_bytes(2 * steps_of(p.value_dim) * terms * kPairBytes) {}
-  size_t head_bytes() const { return tiles * (key_bytes + value_bytes); }
-  uint8_t* keys(size_t head, size_t tile) const {
-    return data + (head - first) * head_bytes() + tile * (key_bytes + value_bytes);
+  const uint8_t* keys(size_t head, size_t tile) const {
+    return data + ((head - first_head) * tiles + tile - first_tile) * layout.bytes();
   }
-  uint8_t* values(size_t head, size_t tile) const { return keys(head, tile) + key_bytes; }
+  const uint8_t* values(size_t head, size_t tile) const {
+    return keys(head, tile) + layout.key_bytes;
+  }
 };
 
 /// `count` rows as floats [full][whole steps], zeros around them; in place if they already are
@@ -211,9 +218,9 @@ inline const float* whole_steps(const Rows& rows, int count, int full, float* co
 template <int Terms>
 struct PackWork final : ParallelWork {
   Call call;
-  PackedHeads heads;
+  PackedKeys packed;
 
-  PackWork(const Call& call, const PackedHeads& heads) : call(call), heads(heads) {}
+  PackWork(const Call& call, const PackedKeys& packed) : call(call), packed(packed) {}
   void work(TaskCursor& cursor) override {
     const Problem& p = call.problem;
     const size_t widest = std::max(whole(p.head_dim), whole(p.value_dim));
@@ -221,54 +228,88 @@ struct PackWork final : ParallelWork {
     if (!scratch.reserve(kKeyBlock * widest, 1)) return;
     float* const copy = scratch.take(kKeyBlock * widest);
     for (size_t task; cursor.next(task);) {
-      const size_t head = heads.first + task / heads.tiles, tile = task % heads.tiles;
+      const size_t head = packed.first_head + task / packed.tiles;
       const uint32_t b = uint32_t(head / p.kv_heads), kv_head = uint32_t(head % p.kv_heads);
-      const uint32_t first = uint32_t(tile * kKeyBlock);
+      const uint32_t first = uint32_t((packed.first_tile + task % packed.tiles) * kKeyBlock);
       const int count = int(std::min<uint32_t>(kKeyBlock, p.key_length - first));
+      uint8_t* const keys = packed.data + task * packed.layout.bytes();
+      const size_t half_bytes = packed.layout.key_bytes / 2;
       size_t stride;
       const float* rows =
           whole_steps(key_rows(call, b, kv_head, first), count, kKeyBlock, copy, stride);
       for (int half = 0; half < 2; ++half) {
         pack_rows<Terms>(rows + half * kStepDepth * stride, stride, whole(p.head_dim),
-                         heads.keys(head, tile) + half * heads.key_bytes / 2);
+                         keys + half * half_bytes);
       }
       rows = whole_steps(value_rows(call, b, kv_head, first), count, kKeyBlock, copy, stride);
-      pack_columns<Terms>(rows, stride, whole(p.value_dim), heads.values(head, tile));
+      pack_columns<Terms>(rows, stride, whole(p.value_dim), keys + packed.layout.key_bytes);
     }
   }
 };
 
-// -------------------------------------------------------------------------------- one query block
+// -------------------------------------------------------------------------------- query blocks
+
+/// What a block of queries has summed so far.
+struct RunningRows {
+  float* minus_max;  // [kQueryBlock], in units of log2(e)
+  float* sums;       // [kQueryBlock]
+  float* context;    // [whole value_dim][kQueryBlock]
+
+  static size_t floats(const Problem& p) { return (2 + whole(p.value_dim)) * kQueryBlock; }
+  explicit RunningRows(float* data)
+      : minus_max(data), sums(data + kQueryBlock), context(data + 2 * kQueryBlock) {}
+};
+
+/// A block of queries on its way over the packed keys of its head.
+struct AmxBlock {
+  QueryBlock q;
+  size_t head;                 // key/value head, counted over the batch
+  KeyRange all;                // keys that every query of the block sees
+  TileRange tiles{{0, 0}, 0};  // still to come
+  bool is_last;                // whether no later run of tiles has a key for it
+  Mask unset[2];               // lanes that have seen no key yet: they have no maximum
+  uint8_t* queries;            // operand B
+  RunningRows sum{nullptr};
+  WeightDropout dropout;  // set up where weights drop
+};
+
+/// A tile of a block.
+struct BlockTile {
+  AmxBlock* block = nullptr;  // null: none
+  KeyTile tile{0, 0};
+  int side = 0;  // which of the two buffers for scores and weights it uses
+
+  size_t number() const { return tile.first / kKeyBlock; }
+};
 
 /// One thread's buffers: those of the vector kernel, and the packed operands.
 struct AmxBuffers {
+  // The tiles at hand may belong to three blocks: one ends, one goes on, one begins.
+  static constexpr int kBlocks = 3;
+
   ForwardBuffers vector;
-  uint8_t* queries;       // operand B
-  uint8_t* weights[2];    // operand B
-  float* scores[2];       // [kKeyBlock][kQueryBlock], in units of log2(e)
-  float* minus_max;       // [kQueryBlock], in units of log2(e)
-  float* sums;            // [kQueryBlock]
-  float* query_channels;  // [whole head_dim][kQueryBlock], in units of log2(e)
+  uint8_t* queries[kBlocks];  // operand B
+  float* sums[kBlocks];       // RunningRows
+  uint8_t* weights[2];        // operand B
+  float* scores[2];           // [kKeyBlock][kQueryBlock], in units of log2(e)
+  float* rows;                // [kQueryBlock][whole head_dim]
 
   bool allocate(const Call& call, int terms) {
     const Problem& p = call.problem;
     const size_t query_floats = steps_of(p.head_dim) * terms * kPairBytes / sizeof(float);
     const size_t weight_floats = 2 * terms * kPairBytes / sizeof(float);
-    const size_t tile = size_t{kKeyBlock} * kQueryBlock;
-    const size_t context_floats = whole(p.value_dim) * kQueryBlock;
-    const size_t rows = whole(p.head_dim) * kQueryBlock;
-    if (!vector.allocate(call) || !scratch_.reserve(query_floats + 2 * weight_floats + 2 * tile +
-                                                        context_floats + 2 * kQueryBlock + rows,
-                                                    9)) {
+    const size_t tile = size_t{kKeyBlock} * kQueryBlock, sum_floats = RunningRows::floats(p);
+    const size_t row_floats = whole(p.head_dim) * kQueryBlock;
+    if (!vector.allocate(call) || !scratch_.reserve(kBlocks * (query_floats + sum_floats) +
+                                                        2 * (weight_floats + tile) + row_floats,
+                                                    2 * kBlocks + 5)) {
       return false;
     }
-    queries = reinterpret_cast<uint8_t*>(scratch_.take(query_floats));
+    for (auto& q : queries) q = reinterpret_cast<uint8_t*>(scratch_.take(query_floats));
+    for (auto& s : sums) s = scratch_.take(sum_floats);
     for (auto& w : weights) w = reinterpret_cast<uint8_t*>(scratch_.take(weight_floats));
     for (auto& s : scores) s = scratch_.take(tile);
-    vector.context = scratch_.take(context_floats);  // in whole steps
-    minus_max = scratch_.take(kQueryBlock);
-    sums = scratch_.take(kQueryBlock);
-    query_channels = scratch_.take(rows);
+    rows = scratch_.take(row_floats);
     return !scratch_.overrun();
   }
 
@@ -276,40 +317,39 @@ struct AmxBuffers {
   Scratch scratch_;
 };
 
-/// A block of queries on its way over the keys of its head.
 template <int Terms>
-struct AmxBlock {
-  const Call& call;
-  const PackedHeads& heads;
-  const QueryBlock& q;
-  AmxBuffers& f;
-  size_t head;              // key/value head, counted over the batch
-  KeyRange all;             // keys that every query of the block sees
-  Mask unset[2];            // lanes that have seen no key yet: they have no maximum
-  bool waiting = false;     // whether a tile's weights wait for their values
-  size_t waiting_tile = 0;  // which one
-  WeightDropout dropout;    // set up where weights drop
+struct AmxForwardWork final : ParallelWork {
+  Call call;
+  PackedKeys packed;
+  float* sums;  // RunningRows of all blocks, between runs of tiles; null if there is but one run
+  ForwardOutputs outputs;
+
+  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums,
+                 const ForwardOutputs& outputs)
+      : call(call), packed(packed), sums(sums), outputs(outputs) {}
+  void work(TaskCursor& cursor) override;
 };
 
 /// `Steps`: those of head_dim and value_dim if they are the same and known to the compiler, else 0.
 template <int Steps, int Terms, typename Work>
-inline __attribute__((always_inline)) void multiply_scores(const AmxBlock<Terms>& k, size_t tile,
-                                                           const float* start, float* scores,
+inline __attribute__((always_inline)) void multiply_scores(const AmxForwardWork<Terms>& w,
+                                                           const BlockTile& t, float* scores,
                                                            Work& work) {
-  const uint8_t* keys = k.heads.keys(k.head, tile);
-  const size_t steps = Steps ? Steps : steps_of(k.call.problem.head_dim);
-  for (int half = 0; half < 2; ++half, keys += k.heads.key_bytes / 2) {
-    multiply_packed<Terms>(keys, k.f.queries, steps, start, 0,
+  const uint8_t* keys = w.packed.keys(t.block->head, t.number());
+  const size_t steps = Steps ? Steps : steps_of(w.call.problem.head_dim);
+  for (int half = 0; half < 2; ++half, keys += w.packed.layout.key_bytes / 2) {
+    multiply_packed<Terms>(keys, t.block->queries, steps, t.block->sum.minus_max, 0,
                            scores + half * 2 * kTileSide * kQueryBlock, kQueryBlock, work);
   }
 }
 
 template <int Steps, int Terms, typename Work>
-inline __attribute__((always_inline)) void multiply_values(const AmxBlock<Terms>& k, size_t tile,
+inline __attribute__((always_inline)) void multiply_values(const AmxForwardWork<Terms>& w,
+                                                           const BlockTile& t,
                                                            const uint8_t* weights, Work& work) {
-  const uint8_t* values = k.heads.values(k.head, tile);
-  float* context = k.f.vector.context;
-  for (size_t s = 0; s < (Steps ? Steps : steps_of(k.call.problem.value_dim)); ++s) {
+  const uint8_t* values = w.packed.values(t.block->head, t.number());
+  float* context = t.block->sum.context;
+  for (size_t s = 0; s < (Steps ? Steps : steps_of(w.call.problem.value_dim)); ++s) {
     multiply_packed<Terms>(values, weights, 2, context, kQueryBlock, context, kQueryBlock, work);
     values += 2 * Terms * kPairBytes;
     context += kStepDepth * kQueryBlock;
@@ -318,9 +358,10 @@ inline __attribute__((always_inline)) void multiply_values(const AmxBlock<Terms>
 
 /// Raises the maximum of the lanes in `lanes` by `rise` and rescales what was summed under the old.
 template <int Terms>
-inline void raise_maximum(AmxBlock<Terms>& k, int v, Mask lanes, Floats rise) {
-  float* const minus_max = k.f.minus_max + v * kLanes;
-  float* const sums = k.f.sums + v * kLanes;
+inline void raise_maximum(const RunningRows& sum, size_t value_dim, int v, Mask lanes,
+                          Floats rise) {
+  float* const minus_max = sum.minus_max + v * kLanes;
+  float* const sums = sum.sums + v * kLanes;
   const Floats by = select(lanes, rise, broadcast(0.0f));
   store(minus_max, sub(load(minus_max), by));
   // A lane's first maximum may lie anywhere; there is nothing yet to rescale.
@@ -328,8 +369,8 @@ inline void raise_maximum(AmxBlock<Terms>& k, int v, Mask lanes, Floats rise) {
   const Floats bounded = select(less(down, floor), floor, select(less(zero, down), zero, down));
   const Floats factor = exponential2<Terms>(bounded);
   store(sums, mul(load(sums), factor));
-  for (size_t c = 0; c < k.call.problem.value_dim; ++c) {
-    float* const context = k.f.vector.context + c * kQueryBlock + v * kLanes;
+  for (size_t c = 0; c < value_dim; ++c) {
+    float* const context = sum.context + c * kQueryBlock + v * kLanes;
     store(context, mul(load(context), factor));
   }
 }
@@ -384,56 +425,58 @@ inline KeyRange seen_by_all(const QueryBlock& q) {
 
 /// Adds the values of the tile whose weights are waiting.
 template <int Terms>
-inline void flush_values(AmxBlock<Terms>& k) {
+inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, BlockTile& waiting) {
   NoWork none;
-  if (k.waiting) multiply_values<0>(k, k.waiting_tile, k.f.weights[k.waiting_tile & 1], none);
-  k.waiting = false;
+  if (waiting.block) multiply_values<0>(w, waiting, f.weights[waiting.side], none);
+  waiting.block = nullptr;
 }
 
 /// Gives every lane that sees a key of the tile a maximum that fits its scores, which are relative
 /// to the maximum so far.
 template <int Terms>
-inline void settle_maximum(AmxBlock<Terms>& k, KeyTile tile, float* scores) {
+inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
+                           BlockTile& waiting) {
+  AmxBlock& k = *t.block;
   for (int v = 0; v < kQueryVectors; ++v) {
-    float* const column = scores + v * kLanes;
+    float* const column = f.scores[t.side] + v * kLanes;
     Floats top = broadcast(-kInfinity);
-    for (int r = 0; r < tile.count; ++r)
+    for (int r = 0; r < t.tile.count; ++r)
       top = max_ignoring_nan(load(column + r * kQueryBlock), top);
     const Mask seen = less(broadcast(-kInfinity), top);
     const Mask raised = seen & (k.unset[v] | less(broadcast(20.0f), top));
     k.unset[v] &= Mask(~seen);
     Floats by = broadcast(0.0f);
     if (any(raised)) {
-      flush_values(k);  // under the old maximum
-      raise_maximum(k, v, raised, top);
+      if (waiting.block == &k) flush_values(w, f, waiting);  // under the old maximum
+      raise_maximum<Terms>(k.sum, w.call.problem.value_dim, v, raised, top);
       by = select(raised, top, by);
     }
     // 2^-200 is 0 here, and unlike -infinity it passes through exponential2; NaN stays.
     const Floats floor = broadcast(-200.0f);
-    for (int r = 0; r < tile.count; ++r) {
+    for (int r = 0; r < t.tile.count; ++r) {
       const Floats shifted = sub(load(column + r * kQueryBlock), by);
       store(column + r * kQueryBlock, max_ignoring_nan(floor, shifted));
     }
-    for (int r = tile.count; r < kKeyBlock; ++r) store(column + r * kQueryBlock, floor);
+    for (int r = t.tile.count; r < kKeyBlock; ++r) store(column + r * kQueryBlock, floor);
   }
 }
 
 /// Applies the rules to the scores of a tile, unless it needs none.
 template <int Terms>
-inline void prepare_scores(AmxBlock<Terms>& k, KeyTile tile, float* scores) {
-  if (!any(k.unset[0] | k.unset[1]) && is_plain(k.call, k.all, tile)) return;
-  if (k.call.problem.softcap > 0) {  // the cap is on the score itself
-    for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
-      store(scores + i, sub(load(scores + i), load(k.f.minus_max + i % kQueryBlock)));
-    }
+inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
+                           BlockTile& waiting) {
+  const AmxBlock& k = *t.block;
+  if (!any(k.unset[0] | k.unset[1]) && is_plain(w.call, k.all, t.tile)) return;
+  float* const scores = f.scores[t.side];
+  const bool capped = w.call.problem.softcap > 0;  // the cap is on the score itself
+  for (int i = 0; capped && i < kKeyBlock * kQueryBlock; i += kLanes) {
+    store(scores + i, sub(load(scores + i), load(k.sum.minus_max + i % kQueryBlock)));
   }
-  apply_rules(k.call, k.q, tile, k.f.vector.scores, k.f.vector.keep, scores, nullptr);
-  if (k.call.problem.softcap > 0) {
-    for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
-      store(scores + i, add(load(scores + i), load(k.f.minus_max + i % kQueryBlock)));
-    }
+  apply_rules(w.call, k.q, t.tile, f.vector.scores, f.vector.keep, scores, nullptr);
+  for (int i = 0; capped && i < kKeyBlock * kQueryBlock; i += kLanes) {
+    store(scores + i, add(load(scores + i), load(k.sum.minus_max + i % kQueryBlock)));
   }
-  settle_maximum(k, tile, scores);
+  settle_maximum(w, f, t, waiting);
 }
 
 /// Whether decisions of `weights` dropout are drawn on the way from scores to weights.
@@ -445,24 +488,25 @@ inline bool draws_on_the_way(const Call& call) {
 
 /// Sets up the softmax of a tile.
 template <bool Drops, int Terms>
-inline SoftmaxWork<Terms, Drops> softmax_work(AmxBlock<Terms>& k, KeyTile tile, uint32_t rate) {
-  const Dropout& d = k.call.dropout;
-  const size_t side = tile.first / kKeyBlock & 1;
+inline SoftmaxWork<Terms, Drops> softmax_work(const AmxForwardWork<Terms>& w, const AmxBuffers& f,
+                                              const BlockTile& t, uint32_t rate) {
+  const Dropout& d = w.call.dropout;
+  AmxBlock& k = *t.block;
   const float* keep = nullptr;
   if (Drops) {
-    k.dropout.first_group = (k.call.problem.key_offset + tile.first) / kDecisionsPerCall;
+    k.dropout.first_group = (w.call.problem.key_offset + t.tile.first) / kDecisionsPerCall;
   } else if (d.on() && d.placement == Placement::weights) {
-    keep_tile(k.call, k.q, tile.first, tile.count, k.f.vector.keep);
-    keep = k.f.vector.keep;
+    keep_tile(w.call, k.q, t.tile.first, t.tile.count, f.vector.keep);
+    keep = f.vector.keep;
   }
-  return {k.f.scores[side], k.f.weights[side], &k.dropout, keep, rate};
+  return {f.scores[t.side], f.weights[t.side], &k.dropout, keep, rate};
 }
 
-/// Moves the maximum of lanes whose sum has grown too large: scores of this tile and of the next
-/// are brought to the new maximum.
+/// Moves the maximum of lanes whose sum has grown too large: scores of this tile, and of the
+/// block's next one if they are there, are brought to the new maximum.
 template <int Terms>
-inline void move_maximum(AmxBlock<Terms>& k, const Floats* sums, float* scores,
-                         float* next_scores) {
+inline void move_maximum(const RunningRows& sum, size_t value_dim, const Floats* sums,
+                         float* scores, float* next_scores) {
   for (int v = 0; v < kQueryVectors; ++v) {
     const Mask large = Mask(~less(sums[v], broadcast(kLargestSum)));
     if (!any(large)) continue;
@@ -470,13 +514,12 @@ inline void move_maximum(AmxBlock<Terms>& k, const Floats* sums, float* scores,
     for (int r = 0; r < kKeyBlock; ++r) {
       top = max_ignoring_nan(load(scores + r * kQueryBlock + v * kLanes), top);
     }
-    raise_maximum(k, v, large, top);
+    raise_maximum<Terms>(sum, value_dim, v, large, top);
     const Floats by = select(large, top, broadcast(0.0f));
     for (int r = 0; r < kKeyBlock; ++r) {
-      float* const s = scores + r * kQueryBlock + v * kLanes;
-      float* const n = next_scores + r * kQueryBlock + v * kLanes;
-      store(s, sub(load(s), by));
-      store(n, sub(load(n), by));
+      const int i = r * kQueryBlock + v * kLanes;
+      store(scores + i, sub(load(scores + i), by));
+      if (next_scores) store(next_scores + i, sub(load(next_scores + i), by));
     }
   }
 }
@@ -486,105 +529,203 @@ inline bool too_large(const Floats* sums) {
   return (less(sums[0], bound) & less(sums[1], bound)) != Mask(~0);
 }
 
-/// Runs over the tiles that the block sees as a pipeline: while the weights of tile t are made,
-/// tiles multiply the scores of t + 1 and the values of t - 1.
+// ------------------------------------------------------------------------------------- the pass
+
+/// Packs rows of queries, times `factor`, as operand B.
+template <int Terms>
+inline void pack_queries(const Rows& rows, uint32_t count, float factor, float* copy, uint8_t* to) {
+  alignas(64) float channels[kTileSide * kTileSide];
+  const Floats by = broadcast(factor);
+  size_t stride;
+  const float* const from = whole_steps(rows, int(count), kQueryBlock, copy, stride);
+  for (size_t c = 0; c < whole(rows.width); c += kTileSide) {
+    for (int v = 0; v < kQueryVectors; ++v) {
+      transpose_block(from + v * kLanes * stride + c, stride, channels, kTileSide);
+      uint8_t* const operand = to + c / kStepDepth * Terms * kPairBytes + v * kTileBytes +
+                               c % kStepDepth / 2 * sizeof(Words);
+      for (int pair = 0; pair < kTileSide / 2; ++pair) {
+        const float* const even = channels + 2 * pair * kTileSide;
+        split_pair<Terms>(mul(load(even), by), mul(load(even + kTileSide), by),
+                          operand + pair * sizeof(Words));
+      }
+    }
+  }
+}
+
+/// Writes the results of a block that has seen all its keys.
+template <int Terms>
+inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, ForwardBuffers& v) {
+  std::memcpy(v.row_sum, k.sum.sums, kQueryBlock * sizeof(float));
+  for (int i = 0; i < kQueryBlock; ++i) v.row_max[i] = -k.sum.minus_max[i] * kLn2;
+  v.context = k.sum.context;
+  if (finish_context(w.call, k.q, v)) return forward_block(w.call, k.q, w.outputs, v);
+  store_context(w.call, k.q, w.outputs, v);
+  if (!wants_matrices(w.outputs)) return;
+  load_queries(w.call, k.q, v.rows, v.scores.queries);
+  write_matrices(w.call, k.q, w.outputs, v);
+}
+
+/// Rows of a tensor that will be used soon, fetched into the cache a few at a time.
+struct RowPrefetch {
+  const char* row = nullptr;
+  size_t stride = 0, bytes = 0;
+  uint32_t count = 0;
+
+  RowPrefetch() = default;
+  RowPrefetch(const Rows& rows, uint32_t count) : count(count) {
+    const size_t size = rows.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
+    row = static_cast<const char*>(rows.data) + rows.first * size;
+    stride = rows.stride * size;
+    bytes = rows.width * size;
+  }
+  void advance(uint32_t rows) {
+    for (; rows > 0 && count > 0; --rows, --count, row += stride) {
+      for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+    }
+  }
+};
+
+/// One thread's blocks of queries, one after the other.
+template <int Terms>
+class BlockStream {
+ public:
+  BlockStream(const AmxForwardWork<Terms>& work, TaskCursor& cursor, AmxBuffers& buffers)
+      : w_(work), p_(work.call.problem), cursor_(cursor), f_(buffers) {
+    pending_ = cursor_.next(task_);
+  }
+
+  /// The next tile of the block at hand, or of the next block; none when there is no more.
+  BlockTile next_tile() {
+    while (!block_ || block_->tiles.done()) {
+      if (!pending_) return {};
+      start_block();
+    }
+    const BlockTile t{block_, block_->tiles.tile(), side_};
+    block_->tiles.advance();
+    side_ ^= 1;
+    next_queries_.advance(prefetch_rows_);
+    output_.advance(prefetch_rows_);
+    return t;
+  }
+
+  /// To be called when the values of all tiles of a block have been added.
+  void leave(const AmxBlock& k) {
+    if (k.is_last) finish_block(w_, k, f_.vector);
+  }
+
+ private:
+  QueryBlock queries_of(size_t task) const {
+    const size_t blocks = blocks_per_head(p_), group = p_.query_heads / p_.kv_heads;
+    const size_t head = w_.packed.first_head * group + task / blocks;
+    const size_t number = blocks - 1 - task % blocks;  // the longest first under the causal rule
+    return query_block(w_.call, uint32_t(head / p_.query_heads), uint32_t(head % p_.query_heads),
+                       uint32_t(number * kQueryBlock));
+  }
+
+  Rows rows_of(const QueryBlock& q, const void* data, size_t width) const {
+    return Rows::of(p_, data, p_.query_heads, p_.query_length, width, q.b, q.head, q.first);
+  }
+
+  /// Sets up the block of the pending task, and takes the next task.
+  void start_block() {
+    const int slot = (slot_ + 1) % AmxBuffers::kBlocks;
+    AmxBlock& k = blocks_[slot];
+    k.q = queries_of(task_);
+    k.head = size_t{k.q.b} * p_.kv_heads + k.q.kv_head;
+    k.all = seen_by_all(k.q);
+    const uint32_t begin = uint32_t(w_.packed.first_tile * kKeyBlock);
+    const uint32_t end = begin + uint32_t(w_.packed.tiles * kKeyBlock);
+    k.tiles =
+        TileRange({std::max(k.q.any.begin, begin), std::min(k.q.any.end, end)}, p_.key_length);
+    k.is_last = k.q.any.end <= end;
+    k.sum = RunningRows(w_.sums ? w_.sums + task_ * RunningRows::floats(p_) : f_.sums[slot]);
+    if (k.q.any.begin >= begin) {  // it has seen no key yet
+      std::memset(k.sum.minus_max, 0, RunningRows::floats(p_) * sizeof(float));
+    }
+    const bool sees_none = k.q.any.begin >= k.q.any.end;
+    if (!k.tiles.done()) {
+      for (int v = 0; v < kQueryVectors; ++v) {
+        k.unset[v] = equal(load(k.sum.sums + v * kLanes), broadcast(0.0f));
+      }
+      k.queries = f_.queries[slot];
+      pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count,
+                          p_.scale * kLog2E, f_.rows, k.queries);
+      if (draws_on_the_way(w_.call)) k.dropout.start_block(w_.call, k.q);
+      slot_ = slot;
+      block_ = &k;
+    } else if (sees_none && begin == 0) {
+      leave(k);
+    }
+    pending_ = cursor_.next(task_);
+    const uint32_t tiles = (k.tiles.end - k.tiles.first) / kKeyBlock + 1;
+    prefetch_rows_ = (kQueryBlock + tiles - 1) / tiles;
+    output_ = k.is_last ? RowPrefetch(rows_of(k.q, w_.outputs.output, p_.value_dim), k.q.count)
+                        : RowPrefetch();
+    next_queries_ = RowPrefetch();
+    if (!pending_) return;
+    const QueryBlock next = queries_of(task_);
+    next_queries_ = RowPrefetch(rows_of(next, w_.call.inputs.query, p_.head_dim), next.count);
+  }
+
+  const AmxForwardWork<Terms>& w_;
+  const Problem& p_;
+  TaskCursor& cursor_;
+  AmxBuffers& f_;
+  bool pending_;
+  size_t task_;
+  AmxBlock blocks_[AmxBuffers::kBlocks];
+  AmxBlock* block_ = nullptr;
+  int slot_ = 0, side_ = 0;
+  uint32_t prefetch_rows_ = 0;
+  RowPrefetch next_queries_, output_;
+};
+
+/// Runs over the tiles of all blocks as a pipeline: while the weights of one tile are made, tiles
+/// multiply the scores of the next and the values of the one before.
 template <int Steps, bool Drops, int Terms>
-inline void accumulate_context_amx(AmxBlock<Terms>& k) {
-  const Problem& p = k.call.problem;
-  AmxBuffers& f = k.f;
-  std::memset(f.vector.context, 0, whole(p.value_dim) * kQueryBlock * sizeof(float));
-  std::memset(f.minus_max, 0, kQueryBlock * sizeof(float));
-  std::memset(f.sums, 0, kQueryBlock * sizeof(float));
-  TileRange range(k.q.any, p.key_length);
-  if (range.done()) return;
+inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
+  const Problem& p = w.call.problem;
   const uint32_t steps = uint32_t(2 * steps_of(p.head_dim) + 2 * steps_of(p.value_dim));
   const uint32_t rate = (kPairsPerTile << 16) / (steps * kAdvancesAStep<Terms>)+1;
   NoWork none;
-  multiply_scores<Steps>(k, range.first / kKeyBlock, f.minus_max,
-                         f.scores[range.first / kKeyBlock & 1], none);
-  while (!range.done()) {
-    const KeyTile tile = range.tile();
-    const size_t t = tile.first / kKeyBlock;
-    float* const scores = f.scores[t & 1];
-    float* const next_scores = f.scores[(t + 1) & 1];
-    range.advance();
-    prepare_scores(k, tile, scores);
-    SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(k, tile, rate);
-    if (!range.done()) multiply_scores<Steps>(k, t + 1, f.minus_max, next_scores, softmax);
-    if (k.waiting) multiply_values<Steps>(k, t - 1, f.weights[(t - 1) & 1], softmax);
+  BlockStream<Terms> blocks(w, cursor, f);
+  BlockTile waiting, now = blocks.next_tile();
+  if (now.block) multiply_scores<Steps>(w, now, f.scores[now.side], none);
+  while (now.block) {
+    const BlockTile next = blocks.next_tile();
+    prepare_scores(w, f, now, waiting);
+    SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
+    if (next.block) multiply_scores<Steps>(w, next, f.scores[next.side], softmax);
+    if (waiting.block) multiply_values<Steps>(w, waiting, f.weights[waiting.side], softmax);
     softmax.finish();
+    const RunningRows& sum = now.block->sum;
     if (__builtin_expect(too_large(softmax.sums), false)) {
-      move_maximum(k, softmax.sums, scores, next_scores);
-      softmax = softmax_work<Drops>(k, tile, rate);
+      move_maximum<Terms>(sum, p.value_dim, softmax.sums, f.scores[now.side],
+                          next.block == now.block ? f.scores[next.side] : nullptr);
+      softmax = softmax_work<Drops>(w, f, now, rate);
       softmax.finish();
     }
     for (int v = 0; v < kQueryVectors; ++v) {
-      store(f.sums + v * kLanes, add(load(f.sums + v * kLanes), softmax.sums[v]));
+      store(sum.sums + v * kLanes, add(load(sum.sums + v * kLanes), softmax.sums[v]));
     }
-    k.waiting = true;
-    k.waiting_tile = t;
+    if (waiting.block && waiting.block != now.block) blocks.leave(*waiting.block);
+    waiting = now;
+    now = next;
   }
-  flush_values(k);
+  if (!waiting.block) return;
+  const AmxBlock& last = *waiting.block;
+  flush_values(w, f, waiting);
+  blocks.leave(last);
 }
 
 template <bool Drops, int Terms>
-inline void accumulate_context_by_steps(AmxBlock<Terms>& k) {
-  const size_t steps = steps_of(k.call.problem.head_dim);
-  const bool same = steps == steps_of(k.call.problem.value_dim);
-  if (same && steps == 2) return accumulate_context_amx<2, Drops>(k);
-  if (same && steps == 4) return accumulate_context_amx<4, Drops>(k);
-  accumulate_context_amx<0, Drops>(k);
-}
-
-// ------------------------------------------------------------------------------------- the pass
-
-template <int Terms>
-struct AmxForwardWork final : ParallelWork {
-  Call call;
-  PackedHeads heads;
-  ForwardOutputs outputs;
-
-  AmxForwardWork(const Call& call, const PackedHeads& heads, const ForwardOutputs& outputs)
-      : call(call), heads(heads), outputs(outputs) {}
-  void work(TaskCursor& cursor) override;
-};
-
-/// Channels of queries, [width][kQueryBlock], times `scale`, with zeros up to whole steps.
-inline void scale_channels(const float* channels, float scale, size_t width, float* to) {
-  const size_t size = width * kQueryBlock;
-  for (size_t i = 0; i < size; i += kLanes) {
-    store(to + i, mul(load(channels + i), broadcast(scale)));
-  }
-  std::memset(to + size, 0, (whole(width) * kQueryBlock - size) * sizeof(float));
-}
-
-template <int Terms>
-inline void amx_forward_block(const AmxForwardWork<Terms>& w, const QueryBlock& q, AmxBuffers& f) {
-  const Problem& p = w.call.problem;
-  const size_t head = size_t{q.b} * p.kv_heads + q.kv_head;
-  ForwardBuffers& v = f.vector;
-  load_queries(w.call, q, v.rows, v.scores.queries);
-  scale_channels(v.scores.queries, kLog2E, p.head_dim, f.query_channels);
-  pack_query_columns<Terms>(f.query_channels, whole(p.head_dim), f.queries);
-
-  AmxBlock<Terms> block{w.call, w.heads, q, f, head, seen_by_all(q), {Mask(~0), Mask(~0)},
-                        false,  0,       {}};
-  if (draws_on_the_way(w.call)) {
-    block.dropout.start_block(w.call, q);
-    accumulate_context_by_steps<true>(block);
-  } else {
-    accumulate_context_by_steps<false>(block);
-  }
-
-  std::memcpy(v.row_sum, f.sums, kQueryBlock * sizeof(float));
-  for (int i = 0; i < kQueryBlock; ++i) v.row_max[i] = -f.minus_max[i] * kLn2;
-  const bool nan = finish_context(w.call, q, v);
-  if (nan) {
-    forward_block(w.call, q, w.outputs, v);
-  } else {
-    store_context(w.call, q, w.outputs, v);
-    if (wants_matrices(w.outputs)) write_matrices(w.call, q, w.outputs, v);
-  }
+inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
+                                    AmxBuffers& f) {
+  const size_t steps = steps_of(w.call.problem.head_dim);
+  const bool same = steps == steps_of(w.call.problem.value_dim);
+  if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
+  if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+  forward_blocks<0, Drops>(w, cursor, f);
 }
 
 /// Flushes denormals to 0 while it lives, as AMX does: they would be slow, and are too small to
@@ -601,51 +742,59 @@ class FlushDenormals {
 
 template <int Terms>
 void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
-  const Problem& p = call.problem;
   AmxBuffers buffers;
   if (!buffers.allocate(call, Terms)) return;
   const FlushDenormals flush;
   configure_tiles();
-  const size_t blocks = blocks_per_head(p), group = p.query_heads / p.kv_heads;
-  for (size_t task; cursor.next(task);) {
-    const size_t query_head = heads.first * group + task / blocks;
-    const size_t block = blocks - 1 - task % blocks;  // the longest first under the causal rule
-    amx_forward_block(
-        *this,
-        query_block(call, uint32_t(query_head / p.query_heads),
-                    uint32_t(query_head % p.query_heads), uint32_t(block * kQueryBlock)),
-        buffers);
+  if (draws_on_the_way(call)) {
+    forward_blocks_by_steps<true>(*this, cursor, buffers);
+  } else {
+    forward_blocks_by_steps<false>(*this, cursor, buffers);
   }
   _tile_release();
 }
 
-/// Packed heads at a time, or one head: about what the cache of a core holds, so that what one pass
-/// packs the next one finds there.
-constexpr size_t kPackedBytes = size_t{2} << 20;
+/// What is packed at a time, for each thread: about what a core's cache holds beside the rest, so
+/// that what one pass packs the next one finds there.
+constexpr size_t kPackedBytes = size_t{1} << 20;
 
+/// Packs a run of tiles of some heads, then runs all their queries over it; then the next run. Long
+/// heads take several runs, and their sums wait in memory from one to the next. How a head is cut
+/// depends on its own sizes only, and so do the bits.
 template <int Terms>
 Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
                          const CancelToken& cancel) {
   const Problem& p = call.problem;
   ThreadPool& pool = ThreadPool::shared();
   const bool parallel = worth_sharing(p);
-  PackedHeads heads(p, Terms);
-  const size_t all = size_t{p.batch} * p.kv_heads;
-  const size_t wave = std::clamp<size_t>(kPackedBytes / heads.head_bytes(), 1, all);
+  const PackedTile layout(p, Terms);
+  const size_t heads = size_t{p.batch} * p.kv_heads;
+  const size_t tiles = (size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock;
+  const size_t runs = (tiles * layout.bytes() + kPackedBytes - 1) / kPackedBytes;
+  const size_t run_tiles = (tiles + runs - 1) / runs, run_bytes = run_tiles * layout.bytes();
+  const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
+  const size_t heads_at_once = std::clamp<size_t>(threads * kPackedBytes / run_bytes, 1, heads);
+  const size_t blocks_a_head = p.query_heads / p.kv_heads * blocks_per_head(p);
+  const size_t packed_floats = heads_at_once * run_bytes / sizeof(float);
+  const size_t sum_floats = runs > 1 ? heads_at_once * blocks_a_head * RunningRows::floats(p) : 0;
   Scratch memory;
-  if (!memory.reserve(wave * heads.head_bytes() / sizeof(float), 1)) {
+  if (!memory.reserve(packed_floats + sum_floats, 2)) {
     return {StatusCode::out_of_memory, "no memory for packed keys and values"};
   }
-  heads.data = reinterpret_cast<uint8_t*>(memory.take(wave * heads.head_bytes() / sizeof(float)));
-  for (; heads.first < all; heads.first += wave) {
-    heads.count = std::min(wave, all - heads.first);
-    PackWork<Terms> pack(call, heads);
-    Status status = pool.run(heads.count * heads.tiles, parallel, cancel, pack);
-    if (!status.ok()) return status;
-    AmxForwardWork<Terms> work(call, heads, outputs);
-    const size_t query_heads = heads.count * (p.query_heads / p.kv_heads);
-    status = pool.run(query_heads * blocks_per_head(p), parallel, cancel, work);
-    if (!status.ok()) return status;
+  PackedKeys packed{layout};
+  packed.data = reinterpret_cast<uint8_t*>(memory.take(packed_floats));
+  float* const sums = runs > 1 ? memory.take(sum_floats) : nullptr;
+  for (packed.first_head = 0; packed.first_head < heads; packed.first_head += heads_at_once) {
+    packed.heads = std::min(heads_at_once, heads - packed.first_head);
+    for (packed.first_tile = 0; packed.first_tile < tiles; packed.first_tile += run_tiles) {
+      packed.tiles = std::min(run_tiles, tiles - packed.first_tile);
+      PackWork<Terms> pack(call, packed);
+      Status status = pool.run(packed.heads * packed.tiles, parallel, cancel, pack);
+      if (!status.ok()) return status;
+      AmxForwardWork<Terms> work(call, packed, sums, outputs);
+      status = pool.run(packed.heads * blocks_a_head, parallel, cancel, work);
+      if (!status.ok()) return status;
+    }
   }
   return {};
 }
