@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "addon/huge_pages.h"
 #include "backends.h"
 #include "core/keep_mask.h"
 #include "cpu/thread_pool.h"
@@ -217,11 +218,29 @@ struct CallArguments {
   CallArguments(const CallArguments&) = delete;
 
   Status run(const CancelToken& cancel) const {
+    prepare_results();
     return is_backward ? backend->backward(problem, inputs, tensors, cancel)
                        : backend->forward(problem, inputs, outputs, cancel);
   }
 
  private:
+  void prepare_results() const {
+    const Problem& p = problem;
+    const size_t size = p.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
+    const size_t query_rows = size_t{p.batch} * p.query_heads * p.query_length;
+    const size_t key_rows = size_t{p.batch} * p.kv_heads * p.key_length;
+    if (is_backward) {
+      prefer_huge_pages(tensors.grad_query, query_rows * p.head_dim * size);
+      prefer_huge_pages(tensors.grad_key, key_rows * p.head_dim * size);
+      prefer_huge_pages(tensors.grad_value, key_rows * p.value_dim * size);
+      return;
+    }
+    prefer_huge_pages(outputs.output, query_rows * p.value_dim * size);
+    for (float* const matrix : {outputs.scores, outputs.weights, outputs.dropped_weights}) {
+      prefer_huge_pages(matrix, query_rows * p.key_length * sizeof(float));
+    }
+  }
+
   void read_inputs(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
     const napi_typedarray_type type = array_type(p.type);
