@@ -76,8 +76,10 @@ export interface NativeBinding {
   setNumThreads(count: number): void;
   /** 0 until the first setNumThreads in the process */
   getNumThreads(): number;
-  /** Tells the garbage collector of memory that it does not count itself */
-  adjustExternalMemory(bytes: number): void;
+  /** Makes the garbage collector count fresh shared memory, which it does not by itself */
+  adoptMemory(bytes: Uint8Array): void;
+  /** Ends what adoptMemory began; the number of bytes */
+  releaseMemory(bytes: number): void;
 }
 
 /** What loading gave: the addon and its file, or why there is none. */

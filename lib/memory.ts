@@ -63,12 +63,12 @@ function allocateBytes(length: number, bytesPerElement: number): ArrayBuffer {
   if (native !== null && bytes >= SMALLEST_COUNTED) {
     // V8 counts no SharedArrayBuffer: without this, garbage piles up by the gigabyte before a
     // collection starts. The buffer, not the Tensor, is watched: views may outlive the Tensor.
-    native.adjustExternalMemory(bytes);
+    native.adoptMemory(new Uint8Array(buffer));
     collected.register(buffer, bytes);
   }
   return buffer as ArrayBuffer;
 }
 
 const collected = new FinalizationRegistry((bytes: number) => {
-  loadBinding().native?.adjustExternalMemory(-bytes);
+  loadBinding().native?.releaseMemory(bytes);
 });

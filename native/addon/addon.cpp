@@ -218,29 +218,11 @@ struct CallArguments {
   CallArguments(const CallArguments&) = delete;
 
   Status run(const CancelToken& cancel) const {
-    prepare_results();
     return is_backward ? backend->backward(problem, inputs, tensors, cancel)
                        : backend->forward(problem, inputs, outputs, cancel);
   }
 
  private:
-  void prepare_results() const {
-    const Problem& p = problem;
-    const size_t size = p.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
-    const size_t query_rows = size_t{p.batch} * p.query_heads * p.query_length;
-    const size_t key_rows = size_t{p.batch} * p.kv_heads * p.key_length;
-    if (is_backward) {
-      prefer_huge_pages(tensors.grad_query, query_rows * p.head_dim * size);
-      prefer_huge_pages(tensors.grad_key, key_rows * p.head_dim * size);
-      prefer_huge_pages(tensors.grad_value, key_rows * p.value_dim * size);
-      return;
-    }
-    prefer_huge_pages(outputs.output, query_rows * p.value_dim * size);
-    for (float* const matrix : {outputs.scores, outputs.weights, outputs.dropped_weights}) {
-      prefer_huge_pages(matrix, query_rows * p.key_length * sizeof(float));
-    }
-  }
-
   void read_inputs(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
     const napi_typedarray_type type = array_type(p.type);
@@ -516,9 +498,23 @@ Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
 }
 
-/// V8 does not count SharedArrayBuffers by itself, and would collect them far too late.
-void adjust_external_memory(const Napi::CallbackInfo& info) {
-  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), info[0].ToNumber().Int64Value());
+/// Takes note of the fresh SharedArrayBuffer of a Uint8Array. V8 does not count these by itself,
+/// and would collect them far too late.
+void adopt_memory(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  size_t bytes = 0;
+  void* data = nullptr;
+  napi_typedarray_type type;
+  if (napi_get_typedarray_info(env, info[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
+      type != napi_uint8_array) {
+    fail(env, "adoptMemory: not a Uint8Array");
+  }
+  prefer_huge_pages(data, bytes);
+  Napi::MemoryManagement::AdjustExternalMemory(env, int64_t(bytes));
+}
+
+void release_memory(const Napi::CallbackInfo& info) {
+  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -info[0].ToNumber().Int64Value());
 }
 
 Napi::Array list_backends(Napi::Env env) {
@@ -554,8 +550,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
   exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
   exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
-  exports.Set("adjustExternalMemory",
-              Napi::Function::New<adjust_external_memory>(env, "adjustExternalMemory"));
+  exports.Set("adoptMemory", Napi::Function::New<adopt_memory>(env, "adoptMemory"));
+  exports.Set("releaseMemory", Napi::Function::New<release_memory>(env, "releaseMemory"));
   return exports;
 }
 
