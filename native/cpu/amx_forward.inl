@@ -565,26 +565,6 @@ inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, Forw
   write_matrices(w.call, k.q, w.outputs, v);
 }
 
-/// Rows of a tensor that will be used soon, fetched into the cache a few at a time.
-struct RowPrefetch {
-  const char* row = nullptr;
-  size_t stride = 0, bytes = 0;
-  uint32_t count = 0;
-
-  RowPrefetch() = default;
-  RowPrefetch(const Rows& rows, uint32_t count) : count(count) {
-    const size_t size = rows.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
-    row = static_cast<const char*>(rows.data) + rows.first * size;
-    stride = rows.stride * size;
-    bytes = rows.width * size;
-  }
-  void advance(uint32_t rows) {
-    for (; rows > 0 && count > 0; --rows, --count, row += stride) {
-      for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
-    }
-  }
-};
-
 /// One thread's blocks of queries, one after the other.
 template <int Terms>
 class BlockStream {

@@ -6,8 +6,10 @@
 // https://pytorch.org/blog/flash-decoding). Chunks do not depend on the batch or on threads, and so
 // neither do the bits.
 
-constexpr uint32_t kDecodeQueries = 4;  // more go to the blocked kernel
-constexpr uint32_t kDecodeChunk = 256;  // keys a task
+constexpr uint32_t kDecodeQueries = 4;              // more go to the blocked kernel
+constexpr uint32_t kDecodeChunk = 256;              // keys a task
+constexpr int kDecodeRows = 4;                      // rows that share the loads of keys and values
+constexpr int kDecodeSums = kLanes == 16 ? 16 : 8;  // vectors that they sum in, half the registers
 static_assert(kDecodeChunk % kKeyBlock == 0, "whole tiles a chunk");
 
 /// What a chunk contributes to a row: its maximum, its sum, and its sum of weights * value.
@@ -38,6 +40,12 @@ struct DecodeWork final : ParallelWork {
 struct DecodeRow {
   uint32_t b, head, query;
   KeyRange seen;
+  const float* data;  // [padded head_dim], times the scale
+  PartialRow partial;
+
+  bool sees(KeyTile tile) const {
+    return seen.begin < tile.first + uint32_t(tile.count) && tile.first < seen.end;
+  }
 };
 
 /// Rows of a tile as floats [count rounded up to kLanes][padded width]: in place where they already
@@ -55,24 +63,39 @@ inline const float* padded_rows(const Rows& rows, int count, float* copy, size_t
   return copy;
 }
 
-/// scores[k] = query . keys[k] for `count` keys, kLanes of them at a time.
-inline void decode_scores(const float* query, const float* keys, size_t stride, size_t width,
-                          int count, float* scores) {
-  alignas(64) float sums[kLanes * kLanes], across[kLanes * kLanes];
+/// scores[r][k] = queries[r] . keys[k] for Rows rows of queries and `count` keys: each key is
+/// loaded once for all rows.
+template <int Rows>
+inline void decode_scores(const float* const* queries, const float* keys, size_t stride,
+                          size_t width, int count, float* scores, RowPrefetch& ahead) {
+  constexpr int at_once = kDecodeSums / Rows < 4 ? kDecodeSums / Rows : 4;
+  alignas(64) float sums[Rows][kLanes * kLanes], across[kLanes * kLanes];
   for (int k = 0; k < count; k += kLanes) {
-    Floats sum[kLanes];
-    for (int i = 0; i < kLanes; ++i) sum[i] = broadcast(0.0f);
-    for (size_t d = 0; d < width; d += kLanes) {
-      const Floats q = load(query + d);
-      for (int i = 0; i < kLanes; ++i) {
-        sum[i] = multiply_add(load(keys + (k + i) * stride + d), q, sum[i]);
+    for (int i = 0; i < kLanes; i += at_once) {
+      ahead.advance(at_once);
+      Floats sum[Rows][at_once];
+      for (int r = 0; r < Rows; ++r) {
+        for (int j = 0; j < at_once; ++j) sum[r][j] = broadcast(0.0f);
+      }
+      const float* const key = keys + (k + i) * stride;
+      for (size_t d = 0; d < width; d += kLanes) {
+        for (int j = 0; j < at_once; ++j) {
+          const Floats elements = load(key + j * stride + d);
+          for (int r = 0; r < Rows; ++r) {
+            sum[r][j] = multiply_add(elements, load(queries[r] + d), sum[r][j]);
+          }
+        }
+      }
+      for (int r = 0; r < Rows; ++r) {
+        for (int j = 0; j < at_once; ++j) store(sums[r] + (i + j) * kLanes, sum[r][j]);
       }
     }
-    for (int i = 0; i < kLanes; ++i) store(sums + i * kLanes, sum[i]);
-    transpose_block(sums, kLanes, across, kLanes);
-    Floats total = load(across);
-    for (int i = 1; i < kLanes; ++i) total = add(total, load(across + i * kLanes));
-    store(scores + k, total);
+    for (int r = 0; r < Rows; ++r) {
+      transpose_block(sums[r], kLanes, across, kLanes);
+      Floats total = load(across);
+      for (int i = 1; i < kLanes; ++i) total = add(total, load(across + i * kLanes));
+      store(scores + r * kKeyBlock + k, total);
+    }
   }
 }
 
@@ -115,7 +138,9 @@ inline void decode_rules(const Call& call, const DecodeRow& row, KeyTile tile, f
       scores[k] = bias[k] == -kInfinity ? -kInfinity : scores[k] + bias[k];
     }
   }
-  for (int k = 0; k < tile.count; ++k) {
+  const bool sees_all =
+      row.seen.begin <= tile.first && tile.first + uint32_t(tile.count) <= row.seen.end;
+  for (int k = 0; !sees_all && k < tile.count; ++k) {
     const uint32_t key = tile.first + k;
     if (key < row.seen.begin || key >= row.seen.end) scores[k] = -kInfinity;
   }
@@ -129,10 +154,14 @@ inline void decode_rules(const Call& call, const DecodeRow& row, KeyTile tile, f
 
 /// Online softmax of a row: scores become weights, and the partial row moves to the new maximum.
 inline void decode_softmax(PartialRow row, size_t value_width, float* scores) {
-  float top = row.row_max();
-  for (int k = 0; k < kKeyBlock; ++k) top = scores[k] > top ? scores[k] : top;
-  const float shift = top == -kInfinity ? 0 : top;
   alignas(64) float lanes[kLanes];
+  Floats tops = broadcast(row.row_max());
+  for (int k = 0; k < kKeyBlock; k += kLanes) tops = max_ignoring_nan(load(scores + k), tops);
+  store(lanes, tops);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
+  }
+  const float top = lanes[0], shift = top == -kInfinity ? 0 : top;
   Floats sum = broadcast(0.0f);
   for (int k = 0; k < kKeyBlock; k += kLanes) {
     const Floats weight = exponential(sub(load(scores + k), broadcast(shift)));
@@ -140,8 +169,10 @@ inline void decode_softmax(PartialRow row, size_t value_width, float* scores) {
     sum = add(sum, weight);
   }
   store(lanes, sum);
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  const float total = lanes[0];
   if (top != row.row_max()) {
     store(lanes, exponential(broadcast(row.row_max() - shift)));
     const float correction = lanes[0];
@@ -154,42 +185,63 @@ inline void decode_softmax(PartialRow row, size_t value_width, float* scores) {
   row.row_sum() += total;
 }
 
-/// context += weights * values, for Vectors vectors of columns. Keys of weight 0 add nothing.
-template <int Vectors>
+/// contexts[r] += weights[r] * values, for Rows rows and Vectors vectors of columns from `column`
+/// on. Keys of weight 0 add nothing.
+template <int Rows, int Vectors>
 inline void decode_columns(const float* weights, int count, const float* values, size_t stride,
-                           float* context) {
-  Floats sum[Vectors];
-  for (int v = 0; v < Vectors; ++v) sum[v] = load(context + v * kLanes);
-  for (int k = 0; k < count; ++k, values += stride) {
-    if (weights[k] == 0) continue;
-    const Floats weight = broadcast(weights[k]);
-    for (int v = 0; v < Vectors; ++v)
-      sum[v] = multiply_add(weight, load(values + v * kLanes), sum[v]);
+                           size_t column, float* const* contexts, RowPrefetch& ahead) {
+  Floats sum[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = load(contexts[r] + column + v * kLanes);
   }
-  for (int v = 0; v < Vectors; ++v) store(context + v * kLanes, sum[v]);
+  values += column;
+  for (int k = 0; k < count; ++k, values += stride) {
+    ahead.advance(1);
+    Floats elements[Vectors];
+    for (int v = 0; v < Vectors; ++v) elements[v] = load(values + v * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      const float weight = weights[r * kKeyBlock + k];
+      if (weight == 0) continue;
+      const Floats factor = broadcast(weight);
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = multiply_add(factor, elements[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) store(contexts[r] + column + v * kLanes, sum[r][v]);
+  }
 }
 
+template <int Rows>
 inline void decode_values(const float* weights, int count, const float* values, size_t stride,
-                          size_t width, float* context) {
+                          size_t width, float* const* contexts, RowPrefetch& ahead) {
+  constexpr int vectors = Rows < 4 ? 8 / Rows : 2 * kDecodeSums / 8;
   size_t c = 0;
-  for (; c + 8 * kLanes <= width; c += 8 * kLanes) {
-    decode_columns<8>(weights, count, values + c, stride, context + c);
+  for (; c + vectors * kLanes <= width; c += vectors * kLanes) {
+    decode_columns<Rows, vectors>(weights, count, values, stride, c, contexts, ahead);
   }
-  for (; c < width; c += kLanes) decode_columns<1>(weights, count, values + c, stride, context + c);
+  for (; c < width; c += kLanes) {
+    decode_columns<Rows, 1>(weights, count, values, stride, c, contexts, ahead);
+  }
 }
 
 /// One thread's buffers.
 struct DecodeBuffers {
-  float *queries, *key_copy, *value_copy, *scores, *bias, *keep;
+  float* queries;     // [rows][padded head_dim]
+  float* key_copy;    // [kKeyBlock][padded head_dim]
+  float* value_copy;  // [kKeyBlock][padded value_dim]
+  float* scores;      // [kDecodeRows][kKeyBlock]
+  float* bias;        // [kKeyBlock]
+  float* keep;        // [kKeyBlock]
 
   bool allocate(const Call& call, uint32_t rows) {
     const Problem& p = call.problem;
     const size_t head = padded(p.head_dim), value = padded(p.value_dim);
-    if (!scratch_.reserve(rows * head + kKeyBlock * (head + value + 3), 6)) return false;
+    const size_t floats = rows * head + kKeyBlock * (head + value + 2 + kDecodeRows);
+    if (!scratch_.reserve(floats, 6)) return false;
     queries = scratch_.take(rows * head);
     key_copy = scratch_.take(kKeyBlock * head);
     value_copy = scratch_.take(kKeyBlock * value);
-    scores = scratch_.take(kKeyBlock);
+    scores = scratch_.take(kDecodeRows * kKeyBlock);
     bias = scratch_.take(kKeyBlock);
     keep = scratch_.take(kKeyBlock);
     return !scratch_.overrun();
@@ -199,21 +251,53 @@ struct DecodeBuffers {
   Scratch scratch_;
 };
 
-/// One tile of keys for one row.
-inline void decode_tile(const Call& call, const DecodeRow& row, KeyTile tile, const float* query,
-                        const float* keys, size_t key_stride, const float* values,
-                        size_t value_stride, DecodeBuffers& f, PartialRow partial) {
+/// A tile of keys and values as floats, and what comes after it in memory.
+struct DecodeTile {
+  KeyTile tile;
+  const float *keys, *values;
+  size_t key_stride, value_stride;
+  RowPrefetch values_ahead, keys_ahead;
+};
+
+/// One tile of keys for Rows rows.
+template <int Rows>
+inline void decode_rows(const Call& call, const DecodeRow* rows, DecodeTile& t, DecodeBuffers& f) {
   const Problem& p = call.problem;
-  const size_t value_width = padded(p.value_dim);
-  decode_scores(query, keys, key_stride, padded(p.head_dim), tile.count, f.scores);
-  decode_rules(call, row, tile, f.bias, f.keep, f.scores);
-  decode_softmax(partial, value_width, f.scores);
   const Dropout& d = call.dropout;
-  if (d.on() && d.placement == Placement::weights) {
-    decode_keep(call, row, tile, f.keep);
-    for (int k = 0; k < tile.count; ++k) f.scores[k] = f.keep[k] == 0 ? 0 : f.scores[k];
+  const size_t value_width = padded(p.value_dim);
+  const float* queries[Rows];
+  float* contexts[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    queries[r] = rows[r].data;
+    contexts[r] = rows[r].partial.context();
   }
-  decode_values(f.scores, tile.count, values, value_stride, value_width, partial.context());
+  decode_scores<Rows>(queries, t.keys, t.key_stride, padded(p.head_dim), t.tile.count, f.scores,
+                      t.values_ahead);
+  for (int r = 0; r < Rows; ++r) {
+    float* const scores = f.scores + r * kKeyBlock;
+    decode_rules(call, rows[r], t.tile, f.bias, f.keep, scores);
+    decode_softmax(rows[r].partial, value_width, scores);
+    if (d.on() && d.placement == Placement::weights) {
+      decode_keep(call, rows[r], t.tile, f.keep);
+      for (int k = 0; k < t.tile.count; ++k) scores[k] = f.keep[k] == 0 ? 0 : scores[k];
+    }
+  }
+  decode_values<Rows>(f.scores, t.tile.count, t.values, t.value_stride, value_width, contexts,
+                      t.keys_ahead);
+}
+
+/// Loads a tile; `end` is that of the chunk.
+inline void load_decode_tile(const Call& call, uint32_t b, uint32_t kv_head, DecodeTile& t,
+                             uint32_t end, DecodeBuffers& f) {
+  const Rows values = value_rows(call, b, kv_head, t.tile.first);
+  t.keys =
+      padded_rows(key_rows(call, b, kv_head, t.tile.first), t.tile.count, f.key_copy, t.key_stride);
+  t.values = padded_rows(values, t.tile.count, f.value_copy, t.value_stride);
+  t.values_ahead = RowPrefetch(values, uint32_t(t.tile.count));
+  const uint32_t next = t.tile.first + kKeyBlock;
+  if (next >= end) return;
+  t.keys_ahead =
+      RowPrefetch(key_rows(call, b, kv_head, next), std::min<uint32_t>(kKeyBlock, end - next));
 }
 
 /// All rows of a key/value head over one chunk of keys.
@@ -239,21 +323,29 @@ inline void decode_chunk(const DecodeWork& w, size_t head, uint32_t chunk, Decod
   const uint32_t begin = chunk * kDecodeChunk;
   const uint32_t end = begin + std::min(kDecodeChunk, p.key_length - begin);
   for (uint32_t first = begin; first < end; first += kKeyBlock) {
-    const KeyTile tile{first, int(std::min<uint32_t>(kKeyBlock, end - first))};
-    size_t key_stride, value_stride;
-    const float* keys = nullptr;
-    const float* values = nullptr;
-    for (uint32_t r = 0; r < w.rows(); ++r) {
-      const DecodeRow row{b, kv_head * w.group() + r / p.query_length, r % p.query_length,
-                          visible_keys(visibility, r % p.query_length)};
-      if (row.seen.begin >= first + uint32_t(tile.count) || row.seen.end <= first) continue;
-      if (!keys) {
-        keys = padded_rows(key_rows(call, b, kv_head, first), tile.count, f.key_copy, key_stride);
-        values = padded_rows(value_rows(call, b, kv_head, first), tile.count, f.value_copy,
-                             value_stride);
+    DecodeTile t;
+    t.tile = {first, int(std::min<uint32_t>(kKeyBlock, end - first))};
+    t.keys = nullptr;
+    for (uint32_t next = 0; next < w.rows();) {
+      DecodeRow rows[kDecodeRows];
+      int count = 0;
+      for (; next < w.rows() && count < kDecodeRows; ++next) {
+        const uint32_t query = next % p.query_length;
+        rows[count] = {b,
+                       kv_head * w.group() + next / p.query_length,
+                       query,
+                       visible_keys(visibility, query),
+                       f.queries + next * width,
+                       w.partial(head, next, chunk)};
+        if (rows[count].sees(t.tile)) ++count;
       }
-      decode_tile(call, row, tile, f.queries + r * width, keys, key_stride, values, value_stride, f,
-                  w.partial(head, r, chunk));
+      if (count > 0 && !t.keys) load_decode_tile(call, b, kv_head, t, end, f);
+      if (count == 4) {
+        decode_rows<4>(call, rows, t, f);
+        continue;
+      }
+      if (count >= 2) decode_rows<2>(call, rows, t, f);
+      if (count % 2 == 1) decode_rows<1>(call, rows + count - 1, t, f);
     }
   }
 }

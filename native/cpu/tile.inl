@@ -211,6 +211,26 @@ struct Rows {
   }
 };
 
+/// Rows of a tensor that will be used soon, fetched into the cache a few at a time.
+struct RowPrefetch {
+  const char* row = nullptr;
+  size_t stride = 0, bytes = 0;
+  uint32_t count = 0;
+
+  RowPrefetch() = default;
+  RowPrefetch(const Rows& rows, uint32_t count) : count(count) {
+    const size_t size = rows.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
+    row = static_cast<const char*>(rows.data) + rows.first * size;
+    stride = rows.stride * size;
+    bytes = rows.width * size;
+  }
+  void advance(uint32_t rows) {
+    for (; rows > 0 && count > 0; --rows, --count, row += stride) {
+      for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+    }
+  }
+};
+
 /// Copies `count` rows into `to` [kQueryBlock][padded width], with zeros around them.
 inline void load_rows(const Rows& rows, uint32_t count, float* to) {
   const size_t stride = padded(rows.width);
