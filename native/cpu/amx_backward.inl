@@ -1,7 +1,8 @@
 // The backward pass on AMX: tasks, order and memory are those of attention_backward.inl; the five
 // products run on tiles, for two blocks of queries at a time, so that the sums of grad_key and
-// grad_value are loaded and stored once per 64 queries. A task that comes out with a NaN is done
-// again by the vector kernel.
+// grad_value are loaded and stored once per 64 queries. While the scores of one block become
+// gradients, tiles multiply for the other block, for the next tile of keys and for the one before.
+// A task that comes out with a NaN is done again by the vector kernel.
 
 constexpr int kBlocksAtOnce = 2;
 constexpr size_t kBothQueries = size_t{kBlocksAtOnce} * kQueryBlock;
@@ -28,13 +29,13 @@ struct PackedChunk {
 /// One thread's buffers: those of the vector kernel and the packed operands.
 struct AmxBackwardBuffers {
   BackwardBuffers vector;
-  uint8_t* chunk;                            // PackedChunk
-  uint8_t* queries[kBlocksAtOnce];           // operand B: pairs of channels
-  uint8_t* grad_outputs[kBlocksAtOnce];      // operand B: pairs of channels
-  uint8_t* query_pairs;                      // operand B: pairs of queries, both blocks
-  uint8_t* grad_output_pairs;                // operand B: pairs of queries, both blocks
-  uint8_t* weights;                          // operand A: [2 halves of keys][2 blocks of queries]
-  uint8_t* grad_scores;                      // operand A: the same
+  uint8_t* chunk;                        // PackedChunk
+  uint8_t* queries[kBlocksAtOnce];       // operand B: pairs of channels
+  uint8_t* grad_outputs[kBlocksAtOnce];  // operand B: pairs of channels
+  uint8_t* query_pairs;                  // operand B: pairs of queries, both blocks
+  uint8_t* grad_output_pairs;            // operand B: pairs of queries, both blocks
+  uint8_t* weights[2];      // operand A: [2 halves of keys][2 blocks of queries]; tiles take turns
+  uint8_t* grad_scores[2];  // operand A: the same
   uint8_t* grad_score_pairs[kBlocksAtOnce];  // operand B: pairs of keys
   float* rows;                               // [kKeyBlock][whole widest], to pack from
   float* score_tile[kBlocksAtOnce];          // [kKeyBlock][kQueryBlock]
@@ -53,10 +54,10 @@ struct AmxBackwardBuffers {
     const size_t pair = terms * kPairBytes / sizeof(float), tiles = chunk_keys / kKeyBlock;
     const size_t widest = std::max(head, value) * kStepDepth, tile = kKeyBlock * kQueryBlock;
     const size_t chunk_floats = tiles * (2 * head + value) * 2 * pair;
-    const size_t floats = chunk_floats + 4 * (head + value) * pair + 12 * pair +
+    const size_t floats = chunk_floats + 4 * (head + value) * pair + 20 * pair +
                           kKeyBlock * widest + 4 * tile + 2 * whole(p.head_dim) * kQueryBlock +
                           chunk_keys * (whole(p.head_dim) + whole(p.value_dim)) + 4 * kQueryBlock;
-    if (!vector.allocate(call, chunk_keys, 0) || !scratch_.reserve(floats, 28)) return false;
+    if (!vector.allocate(call, chunk_keys, 0) || !scratch_.reserve(floats, 30)) return false;
     chunk = operand(chunk_floats);
     for (int i = 0; i < kBlocksAtOnce; ++i) {
       queries[i] = operand(head * pair);
@@ -67,11 +68,11 @@ struct AmxBackwardBuffers {
       score_tile[i] = scratch_.take(tile);
       grad_tile[i] = scratch_.take(tile);
       grad_score_pairs[i] = operand(2 * pair);
+      weights[i] = operand(4 * pair);
+      grad_scores[i] = operand(4 * pair);
     }
     query_pairs = operand(2 * head * pair);
     grad_output_pairs = operand(2 * value * pair);
-    weights = operand(4 * pair);
-    grad_scores = operand(4 * pair);
     rows = scratch_.take(kKeyBlock * widest);
     grad_key = scratch_.take(chunk_keys * whole(p.head_dim));
     grad_value = scratch_.take(chunk_keys * whole(p.value_dim));
@@ -295,7 +296,7 @@ inline DifferentiateWork<Terms> differentiate_work(const AmxBackwardTask<Terms>&
     keep_tile(k.call(), q, tile.first, tile.count, k.f.vector.keep);
     keep = k.f.vector.keep;
   }
-  const size_t step = block * Terms * kPairBytes;
+  const size_t step = block * Terms * kPairBytes, side = tile_number(k, tile) & 1;
   const uint32_t advances = uint32_t(steps) * kAdvancesAStep<Terms>;
   return {k.f.score_tile[block],
           k.f.grad_tile[block],
@@ -303,8 +304,8 @@ inline DifferentiateWork<Terms> differentiate_work(const AmxBackwardTask<Terms>&
           slope,
           k.f.delta[block],
           d.keep_scale,
-          k.f.weights + step,
-          k.f.grad_scores + step,
+          k.f.weights[side] + step,
+          k.f.grad_scores[side] + step,
           k.f.grad_score_pairs[block],
           (kPairsPerTile << 16) / advances + 1};
 }
@@ -321,35 +322,67 @@ inline void add_query_gradient(const AmxBackwardTask<Terms>& k, int block, KeyTi
 }
 
 /// sum [kKeyBlock][width] += operand * pairs, over both blocks of queries.
-template <int Terms>
-inline void add_key_gradient(const uint8_t* operand, const uint8_t* pairs, size_t width,
-                             float* sum) {
-  NoWork none;
+template <int Terms, typename Work>
+inline void add_over_queries(const uint8_t* operand, const uint8_t* pairs, size_t width, float* sum,
+                             Work& work) {
   for (int half = 0; half < 2; ++half) {
     for (size_t s = 0; s < width / kStepDepth; ++s) {
       float* const to = sum + half * kStepDepth * width + s * kStepDepth;
       multiply_packed<Terms>(operand + half * kBlocksAtOnce * Terms * kPairBytes,
                              pairs + s * kBlocksAtOnce * Terms * kPairBytes, kBlocksAtOnce, to,
-                             width, to, width, none);
+                             width, to, width, work);
     }
   }
 }
 
-/// Two blocks of queries against one tile: packs weights and score gradients, adds to grad_query.
-/// While one block's scores become gradients, tiles multiply for the other.
+template <int Terms, typename Work>
+inline void add_value_gradient(const AmxBackwardTask<Terms>& k, KeyTile tile, Work& work) {
+  const size_t width = whole(k.problem().value_dim);
+  add_over_queries<Terms>(k.f.weights[tile_number(k, tile) & 1], k.f.grad_output_pairs, width,
+                          k.f.grad_value + (tile.first - k.task.keys.begin) * width, work);
+}
+
+template <int Terms, typename Work>
+inline void add_key_gradient(const AmxBackwardTask<Terms>& k, KeyTile tile, Work& work) {
+  const size_t width = whole(k.problem().head_dim);
+  add_over_queries<Terms>(k.f.grad_scores[tile_number(k, tile) & 1], k.f.query_pairs, width,
+                          k.f.grad_key + (tile.first - k.task.keys.begin) * width, work);
+}
+
+/// Two blocks of queries against the tiles of a range, as a pipeline. Each block's turn has four of
+/// the eight products beside it.
 template <int Terms>
-inline void backward_tile_amx(const AmxBackwardTask<Terms>& k, const QueryBlock* blocks,
-                              KeyTile tile) {
+inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock* blocks,
+                               TileRange range) {
+  if (range.done()) return;
   const size_t head = steps_of(k.problem().head_dim), value = steps_of(k.problem().value_dim);
   NoWork none;
-  multiply_tile(k, blocks[0], 0, tile, none);
-  DifferentiateWork<Terms> first = differentiate_work(k, blocks[0], 0, tile, 2 * (head + value));
-  multiply_tile(k, blocks[1], 1, tile, first);
-  first.finish();
-  DifferentiateWork<Terms> second = differentiate_work(k, blocks[1], 1, tile, 2 * head);
-  add_query_gradient(k, 0, tile, second);
-  second.finish();
-  add_query_gradient(k, 1, tile, none);
+  KeyTile before{0, 0};
+  multiply_tile(k, blocks[0], 0, range.tile(), none);
+  while (!range.done()) {
+    const KeyTile tile = range.tile();
+    const bool is_first = before.count == 0;
+    range.advance();
+    DifferentiateWork<Terms> first = differentiate_work(
+        k, blocks[0], 0, tile, 2 * (head + value) + (is_first ? 0 : 2 * head + 4 * value));
+    multiply_tile(k, blocks[1], 1, tile, first);
+    if (!is_first) {
+      add_query_gradient(k, 1, before, first);
+      add_value_gradient(k, before, first);
+    }
+    first.finish();
+    DifferentiateWork<Terms> second = differentiate_work(
+        k, blocks[1], 1, tile,
+        2 * head + (range.done() ? 0 : 2 * (head + value)) + (is_first ? 0 : 4 * head));
+    if (!range.done()) multiply_tile(k, blocks[0], 0, range.tile(), second);
+    add_query_gradient(k, 0, tile, second);
+    if (!is_first) add_key_gradient(k, before, second);
+    second.finish();
+    before = tile;
+  }
+  add_query_gradient(k, 1, before, none);
+  add_value_gradient(k, before, none);
+  add_key_gradient(k, before, none);
 }
 
 /// Two blocks of queries against the chunk. True if a NaN came out in grad_query.
@@ -362,15 +395,7 @@ inline bool backward_blocks(const AmxBackwardTask<Terms>& k, const QueryBlock* b
     seen = {std::min(seen.begin, blocks[i].any.begin), std::max(seen.end, blocks[i].any.end)};
   }
   seen = {std::max(seen.begin, k.task.keys.begin), std::min(seen.end, k.task.keys.end)};
-  for (TileRange range(seen, p.key_length); !range.done(); range.advance()) {
-    const KeyTile tile = range.tile();
-    backward_tile_amx(k, blocks, tile);
-    const size_t row = tile.first - k.task.keys.begin;
-    add_key_gradient<Terms>(k.f.weights, k.f.grad_output_pairs, whole(p.value_dim),
-                            k.f.grad_value + row * whole(p.value_dim));
-    add_key_gradient<Terms>(k.f.grad_scores, k.f.query_pairs, whole(p.head_dim),
-                            k.f.grad_key + row * whole(p.head_dim));
-  }
+  backward_tiles_amx(k, blocks, TileRange(seen, p.key_length));
   bool nan = false;
   for (int i = 0; i < kBlocksAtOnce; ++i) {
     if (blocks[i].count == 0) continue;

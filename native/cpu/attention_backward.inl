@@ -7,7 +7,7 @@
 // summed in order afterwards. Chunks depend on the key length only: the bits do not depend on the
 // number of threads, nor on what else is in the batch.
 
-constexpr uint32_t kSmallestChunk = 512;  // keys
+constexpr uint32_t kSmallestChunk = 1024;  // keys
 constexpr uint32_t kMostChunks = 8;
 
 inline uint32_t chunk_length(const Problem& p) {
@@ -92,10 +92,14 @@ inline void load_backward_queries(const Call& call, const QueryBlock& q, const B
       q.count, f.grad_output_rows);
   const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
   for (uint32_t i = 0; i < kQueryBlock; ++i) {
-    double delta = 0;
-    for (size_t c = 0; c < p.value_dim; ++c) {
-      delta += double(f.rows[i * width + c]) * f.grad_output_rows[i * width + c];
+    double sums[kLanes] = {};
+    for (size_t c = 0; c < width; c += kLanes) {
+      const float* const output = f.rows + i * width + c;
+      const float* const grad = f.grad_output_rows + i * width + c;
+      for (int j = 0; j < kLanes; ++j) sums[j] += double(output[j]) * grad[j];
     }
+    double delta = 0;
+    for (const double sum : sums) delta += sum;
     f.delta[i] = float(delta);
     f.lse[i] = i < q.count ? t.lse[row + i] : -kInfinity;
   }
