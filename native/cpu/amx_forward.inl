@@ -26,10 +26,11 @@ inline __attribute__((always_inline)) Floats exponential2(Floats x) {
   const Floats n = round_to_integer(x), r = sub(x, n);
   Floats p;
   if constexpr (Terms == 3) {
-    p = multiply_add(broadcast(1.32647227e-3f), r, broadcast(9.67151299e-3f));
-    p = multiply_add(p, r, broadcast(5.55073358e-2f));
-    p = multiply_add(p, r, broadcast(2.40222424e-1f));
-    p = multiply_add(p, r, broadcast(6.93147004e-1f));
+    p = multiply_add(broadcast(1.53268033e-4f), r, broadcast(1.33907935e-3f));
+    p = multiply_add(p, r, broadcast(9.6185049e-3f));
+    p = multiply_add(p, r, broadcast(5.55035993e-2f));
+    p = multiply_add(p, r, broadcast(2.40226477e-1f));
+    p = multiply_add(p, r, broadcast(6.93147182e-1f));
   } else if constexpr (Terms == 2) {
     p = multiply_add(broadcast(9.58284922e-3f), r, broadcast(5.59064299e-2f));
     p = multiply_add(p, r, broadcast(2.40240991e-1f));

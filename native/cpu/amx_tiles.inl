@@ -186,19 +186,20 @@ constexpr uint32_t kAdvancesAStep = Terms == 3   ? 6
                                     : Terms == 2 ? 3
                                                  : 1;
 
-/// The products of one step, in an order that loads each operand seldom: with three terms low*high,
-/// high*high, middle*high, middle*middle, high*middle, high*low. The first operands are in their
+/// The products of one step, in an order that loads each operand seldom and adds the largest last:
+/// with three terms low*high, middle*high, middle*middle, high*middle, high*low, high*high. What is
+/// small is so summed up before it meets rounding at full size. The first operands are in their
 /// registers, and those of the next step follow if there is one.
 template <int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_step(const uint8_t* a, const uint8_t* b,
                                                          bool more, Work& work) {
   const size_t high = 0, middle = kPairBytes, low = 2 * kPairBytes;
   if constexpr (Terms == 3) {
-    multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::a>(a + middle, b, work);
     multiply_pairs<Next::b>(a, b + middle, work);
     multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::b>(a, b + low, work);
+    multiply_pairs<Next::b>(a, b + high, work);
   } else if constexpr (Terms == 2) {
     multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::b>(a, b + middle, work);
