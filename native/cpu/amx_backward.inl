@@ -238,8 +238,7 @@ inline bool is_plain(const Call& call, const QueryBlock& q, KeyTile tile) {
 
 /// Scores of a tile and the gradients of its weights.
 template <int Terms, typename Work>
-inline void multiply_tile(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
-                          KeyTile tile, Work& work) {
+inline void multiply_tile(const AmxBackwardTask<Terms>& k, int block, KeyTile tile, Work& work) {
   alignas(64) static constexpr float zeros[kQueryBlock] = {};
   const Problem& p = k.problem();
   const uint8_t* keys = k.packed.key_rows(tile_number(k, tile));
@@ -342,9 +341,9 @@ inline void backward_tile_amx(const AmxBackwardTask<Terms>& k, const QueryBlock*
                               KeyTile tile) {
   const size_t head = steps_of(k.problem().head_dim), value = steps_of(k.problem().value_dim);
   NoWork none;
-  multiply_tile(k, blocks[0], 0, tile, none);
+  multiply_tile(k, 0, tile, none);
   DifferentiateWork<Terms> first = differentiate_work(k, blocks[0], 0, tile, 2 * (head + value));
-  multiply_tile(k, blocks[1], 1, tile, first);
+  multiply_tile(k, 1, tile, first);
   first.finish();
   DifferentiateWork<Terms> second = differentiate_work(k, blocks[1], 1, tile, 2 * head);
   add_query_gradient(k, 0, tile, second);
