@@ -54,13 +54,17 @@ OVER_ARRAYS(FOR_AMX, powers3, exponential2<3>)
 OVER_ARRAYS(FOR_AMX, powers2, exponential2<2>)
 OVER_ARRAYS(FOR_AMX, powers1, exponential2<1>)
 }  // namespace sdpa::amx
-// The exact side in the widest vectors that there are; the same numbers in any.
-#define WIDE __attribute__((target_clones("default", "avx2", "avx512f")))
 #elif defined(__aarch64__)
 namespace sdpa::neon {
 OVER_ARRAYS(, exponentials, exponential)
 OVER_ARRAYS(, tangents, hyperbolic_tangent)
 }  // namespace sdpa::neon
+#endif
+
+// The exact side in the widest vectors that there are; the same numbers in any.
+#if defined(__x86_64__) && defined(__linux__)
+#define WIDE __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
 #define WIDE
 #endif
 
