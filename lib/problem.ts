@@ -105,6 +105,11 @@ export type DropoutBroadcastAxis = 'batch' | 'head' | 'query';
  * TF32-class or bfloat16-class. A backend may always be more exact than asked: only `cpu:amx`
  * makes a difference, by splitting float32 into three, two or one bfloat16 terms.
  *
+ * Relative L2 errors against float64, measured over 500,000 rows of unit normals at head dim 64 and
+ * lengths up to 4096, output and gradients: `'highest'` 6e-7 and 7e-7 on `cpu:amx`, 1.2e-6 and
+ * 1.3e-6 on the others; `'high'` 2.4e-5 and 3.2e-5; `'medium'` 3.5e-3 and 4.3e-3
+ * (bench/results/precision.md has more).
+ *
  * @example
  * ```js
  * import { scaledDotProductAttentionSync } from 'node-sdpa';

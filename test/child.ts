@@ -19,12 +19,18 @@ export interface ChildOptions {
   /** A program on standard input. */
   input?: string;
   timeout?: number;
+  /** The model of a processor to play, as qemu-x86_64 -cpu takes it. */
+  emulated?: string;
 }
 
 /** Runs Node in the package's root, so that 'node-sdpa' is this package, through its exports. */
-export function runNode({ args = [], env = {}, input = '', timeout = 60_000 }: ChildOptions) {
+export function runNode(options: ChildOptions) {
+  const { args = [], env = {}, input = '', timeout = 60_000, emulated } = options;
+  const [program, ...before] = emulated
+    ? ['qemu-x86_64', '-cpu', emulated, process.execPath, '--jitless']
+    : [process.execPath];
   return new Promise<Finished>((resolve, reject) => {
-    const child = spawn(process.execPath, args, {
+    const child = spawn(program, [...before, ...args], {
       cwd: ROOT,
       env: { ...cleanEnvironment(), ...env },
       timeout,

@@ -37,6 +37,24 @@ export const BACKENDS: readonly string[] = backendInfo()
 
 export const NATIVE_BACKENDS = BACKENDS.filter((name) => name !== 'js');
 
+const AVX2 = ['avx', 'avx2', 'fma', 'f16c'];
+const AVX512 = [...AVX2, 'avx512f', 'avx512dq', 'avx512bw', 'avx512vl'];
+
+/**
+ * The backends of an x86-64 binary, best first, with the processor features each asks for (as
+ * /proc/cpuinfo spells them) and what the system has to do for it.
+ */
+export const X64_BACKENDS: readonly { name: string; needs: string[]; system: string[] }[] = [
+  {
+    name: 'cpu:amx',
+    needs: [...AVX512, 'avx512_bf16', 'amx_tile', 'amx_bf16'],
+    system: ['os_avx', 'os_avx512', 'os_amx', 'amx_permission'],
+  },
+  { name: 'cpu:avx512', needs: AVX512, system: ['os_avx', 'os_avx512'] },
+  { name: 'cpu:avx2', needs: AVX2, system: ['os_avx'] },
+  { name: 'cpu:portable', needs: [], system: [] },
+];
+
 /** A backend that no binary for this processor has. */
 export const FOREIGN_BACKEND = process.arch === 'arm64' ? 'cpu:avx2' : 'cpu:neon';
 

@@ -1,6 +1,5 @@
 // The native addon: what it is told, which backend runs, what the environment chooses, and what
 // happens where it does not load.
-import { spawnSync } from 'node:child_process';
 import { copyFileSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -17,7 +16,14 @@ import { encodeProblem, PROBLEM_FIELDS, type Problem } from '../lib/problem-head
 import { SEED, settings } from './arbitrary';
 import { NAMED_CASES, namedTensors } from './cases';
 import { ROOT, runNode, runProgram } from './child';
-import { BACKENDS, expectSame, FOREIGN_BACKEND, NATIVE_BACKENDS, stored } from './harness';
+import {
+  BACKENDS,
+  expectSame,
+  FOREIGN_BACKEND,
+  NATIVE_BACKENDS,
+  stored,
+  X64_BACKENDS,
+} from './harness';
 import { keepDecisions } from './reference';
 
 const { version } = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'));
@@ -150,16 +156,8 @@ describe('backendInfo', () => {
     if (process.arch !== 'x64' || process.platform !== 'linux') return;
     const line = readFileSync('/proc/cpuinfo', 'utf8').match(/^flags\s*:(.*)$/m)!;
     const flags = line[1].split(' ');
-    const avx2 = ['avx2', 'fma', 'f16c'];
-    const avx512 = [...avx2, 'avx512f', 'avx512dq', 'avx512bw', 'avx512vl'];
-    const needed: [string, string[]][] = [
-      ['cpu:amx', [...avx512, 'avx512_bf16', 'amx_tile', 'amx_bf16']],
-      ['cpu:avx512', avx512],
-      ['cpu:avx2', avx2],
-      ['cpu:portable', []],
-    ];
-    const runnable = needed.filter(([, all]) => all.every((flag) => flags.includes(flag)));
-    expect(NATIVE_BACKENDS).toEqual(runnable.map(([name]) => name));
+    const runnable = X64_BACKENDS.filter(({ needs }) => needs.every((x) => flags.includes(x)));
+    expect(NATIVE_BACKENDS).toEqual(runnable.map(({ name }) => name));
     expect(info.selected).toBe(BACKENDS[0]);
   });
 });
@@ -305,21 +303,6 @@ describe('the environment', () => {
     expect(finished.stderr).toContain(fragment);
   });
 });
-
-/** The emulator that shows this processor's programs an older one, where it is installed. */
-const hasEmulator = process.arch === 'x64' && spawnSync('qemu-x86_64', ['--version']).status === 0;
-if (!hasEmulator) console.log('skipped: an emulated processor without AVX2 (no qemu-x86_64 here)');
-
-if (hasEmulator) {
-  test('a processor without AVX2 runs the portable kernels, and no illegal instruction', () => {
-    const args = ['-cpu', 'Nehalem', process.execPath, '--jitless', INFO];
-    const { status, stdout } = spawnSync('qemu-x86_64', args, { cwd: ROOT, encoding: 'utf8' });
-    expect(status).toBe(0);
-    const { backend, info } = JSON.parse(stdout);
-    expect(backend).toBe('cpu:portable');
-    expect(info.tried).toContainEqual(expect.objectContaining({ backend: 'cpu:avx2', ok: false }));
-  });
-}
 
 describe('a binary that does not load', () => {
   const folder = mkdtempSync(join(tmpdir(), 'node-sdpa-test-'));

@@ -1,8 +1,13 @@
-// What `precision` promises: how far results may be from float64, and that only AMX trades it.
+// What `precision` promises: how far results may be from float64, that only AMX trades it, and that
+// AMX at `highest` is no further from float64 than AVX-512's float32 arithmetic.
 import { describe, expect, test } from 'vitest';
 import type { Precision } from '../lib/index';
-import { namedTensors } from './cases';
-import { BACKENDS, type Call, expected, forward, logical, representable } from './harness';
+import { namedTensors, randomTensor, swapAxes } from './cases';
+import { BACKENDS, type Call, expected, forward, logical, representable, stored } from './harness';
+import { onnxCall } from './onnx-case';
+import type { ReferenceTensor } from './reference';
+import { torchCall } from './torch-case';
+import { generatedOnnxCases, publishedOnnxCases, torchCases, type VectorCase } from './vectors';
 
 // 160 queries and 200 keys: several tiles and a rest, queries on both sides of a block.
 const call: Call = representable({
@@ -51,12 +56,170 @@ describe.each(BACKENDS.filter((name) => name === 'cpu:amx'))('%s', (backend) => 
   });
 });
 
+// ---- AMX at `highest` against AVX-512 ----
+
+const AMX = 'cpu:amx';
+const FMA = 'cpu:avx512';
+
+/** Half a unit in the last place of 1: the largest relative error of one float32 rounding. */
+const ROUNDING = 2 ** -24;
+
+if (!BACKENDS.includes(AMX)) {
+  console.log('skipped: AMX at `highest` against AVX-512 (this machine has no AMX)');
+} else {
+  describe('AMX at `highest` is no further from float64 than AVX-512', () => {
+    test.each([128, 512, 1024, 2048, 4096])('unit normals, length %i', (length) => {
+      // At 4096, a quarter of the queries: float64 in JavaScript takes its time.
+      const queries = Math.min(length, 1024);
+      const problem = randomHead(length, queries, 64);
+      const exact = attendInFloat64(problem);
+      const amx = errors(AMX, problem, exact);
+      const fma = errors(FMA, problem, exact);
+      for (const name of Object.keys(exact)) {
+        expect(amx[name], `${name}, relative L2`).toBeLessThanOrEqual(fma[name]);
+      }
+    });
+
+    // Too small for more than luck to decide between equals: a few hundred elements, each a few
+    // roundings from exact. One rounding of a score is what AMX may be behind there. A score's
+    // absolute error is its weight's relative one, so that rounding counts by the size of scores;
+    // AMX has them in units of log2(e), where powers of two, and coarser steps, come elsewhere.
+    // (The gradient of a mask is not compared: vector kernels compute it on both backends.)
+    const cases: [string, Call][] = [
+      ...torchCases().map((c): [string, Call] => [c.name, torchCall(c)]),
+      ...[...generatedOnnxCases(), ...(publishedOnnxCases() ?? [])]
+        .filter((c) => c.inputs.Q.dtype === 'float32') // a float16 result is rounded to 2^-11
+        .map((c): [string, Call] => [c.name, onnxAsCall(c)]),
+    ];
+    test.each(cases)('%s', (_, problem) => {
+      const want = expected(problem);
+      const gradients = problem.gradOutput && want.backward(problem.gradOutput.data);
+      const exact = {
+        output: want.output.values,
+        ...(gradients && {
+          gradQuery: gradients.gradQuery.values,
+          gradKey: gradients.gradKey.values,
+          gradValue: gradients.gradValue.values,
+        }),
+      };
+      const amx = errors(AMX, problem, exact);
+      const fma = errors(FMA, problem, exact);
+      const noise = ROUNDING * Math.max(1, typicalSize(want.scores.values));
+      for (const name of Object.keys(exact)) {
+        expect(amx[name], `${name}, relative L2`).toBeLessThanOrEqual(fma[name] + noise);
+      }
+    });
+  });
+}
+
+type Results = Record<string, ArrayLike<number>>;
+
+/** The relative L2 error of each result in `exact`. */
+function errors(backend: string, problem: Call, exact: Results): Record<string, number> {
+  const result = forward(backend, problem, { precision: 'highest' });
+  const found: Results = { output: logical(result.output, problem.layout) };
+  if (problem.gradOutput) {
+    const gradOutput = stored(problem.gradOutput, problem.type, problem.layout);
+    const { gradQuery, gradKey, gradValue } = result.backwardSync(gradOutput);
+    for (const [name, tensor] of Object.entries({ gradQuery, gradKey, gradValue })) {
+      found[name] = logical(tensor, problem.layout);
+    }
+  }
+  expect(Object.keys(found)).toEqual(Object.keys(exact));
+  return Object.fromEntries(
+    Object.entries(exact).map(([name, values]) => [name, distance(found[name], values)]),
+  );
+}
+
+/** An ONNX case in [batch, heads, length, dim]. */
+function onnxAsCall(c: VectorCase): Call {
+  const { query, key, value, layout, type, options } = onnxCall(c);
+  const toBhsd = (t: ReferenceTensor) => (layout === 'bshd' ? swapAxes(t) : t);
+  return {
+    ...{ query: toBhsd(query), key: toBhsd(key), value: toBhsd(value), layout, type, options },
+    maskType: c.inputs.attn_mask?.dtype === 'float16' ? 'float16' : 'float32',
+  };
+}
+
+/** One head of unit normals. */
+function randomHead(keys: number, queries: number, width: number): Call {
+  return representable({
+    query: randomTensor(keys, [1, 1, queries, width]),
+    key: randomTensor(keys + 1, [1, 1, keys, width]),
+    value: randomTensor(keys + 2, [1, 1, keys, width]),
+    gradOutput: randomTensor(keys + 3, [1, 1, queries, width]),
+    options: {},
+  });
+}
+
+/**
+ * One head without options, row by row: the reference's error budgets and matrices of [query, key]
+ * would not fit.
+ */
+function attendInFloat64({ query, key, value, gradOutput }: Call) {
+  const [, , queries, width] = query.dims;
+  const keys = key.dims[2];
+  const scale = 1 / Math.sqrt(width);
+  const row = (t: ReferenceTensor, i: number) =>
+    (t.data as Float64Array).subarray(i * width, (i + 1) * width);
+  const dot = (a: Float64Array, b: Float64Array) => {
+    let sum = 0;
+    for (let d = 0; d < width; d++) sum += a[d] * b[d];
+    return sum;
+  };
+  const add = (to: Float64Array, factor: number, from: Float64Array) => {
+    for (let d = 0; d < width; d++) to[d] += factor * from[d];
+  };
+  const zeros = (t: ReferenceTensor) => ({ dims: t.dims, data: new Float64Array(t.data.length) });
+  const [output, gradQuery, gradKey, gradValue] = [query, query, key, value].map(zeros);
+  const weights = new Float64Array(keys);
+  const gains = new Float64Array(keys);
+  for (let i = 0; i < queries; i++) {
+    const q = row(query, i);
+    const upstream = row(gradOutput!, i);
+    for (let j = 0; j < keys; j++) weights[j] = scale * dot(q, row(key, j));
+    const max = weights.reduce((a, b) => Math.max(a, b));
+    for (let j = 0; j < keys; j++) weights[j] = Math.exp(weights[j] - max);
+    const sum = weights.reduce((a, b) => a + b);
+    let mean = 0;
+    for (let j = 0; j < keys; j++) {
+      weights[j] /= sum;
+      gains[j] = dot(upstream, row(value, j));
+      mean += weights[j] * gains[j];
+      add(row(output, i), weights[j], row(value, j));
+      add(row(gradValue, j), weights[j], upstream);
+    }
+    for (let j = 0; j < keys; j++) {
+      const gradScore = scale * weights[j] * (gains[j] - mean);
+      add(row(gradQuery, i), gradScore, row(key, j));
+      add(row(gradKey, j), gradScore, q);
+    }
+  }
+  return {
+    output: output.data,
+    gradQuery: gradQuery.data,
+    gradKey: gradKey.data,
+    gradValue: gradValue.data,
+  };
+}
+
+/** The root mean square of what is finite. */
+function typicalSize(values: Float64Array): number {
+  const finite = values.filter(Number.isFinite);
+  return Math.sqrt(finite.reduce((sum, x) => sum + x * x, 0) / Math.max(1, finite.length));
+}
+
+/** Relative L2. NaN and infinities must be where they are expected. */
 function distance(actual: ArrayLike<number>, exact: ArrayLike<number>): number {
   let error = 0;
   let norm = 0;
   for (let i = 0; i < exact.length; i++) {
+    if (Object.is(actual[i], exact[i])) {
+      if (Number.isFinite(exact[i])) norm += exact[i] ** 2;
+      continue;
+    }
     error += (actual[i] - exact[i]) ** 2;
     norm += exact[i] ** 2;
   }
-  return Math.sqrt(error / norm);
+  return error === 0 ? 0 : Math.sqrt(error / norm);
 }

@@ -72,12 +72,13 @@ export function copyCheckout(folder) {
 }
 
 /**
- * Builds <folder>/build/Release/node_sdpa.node with CMake.
+ * Builds <folder>/build/Release/node_sdpa.node with CMake, or <folder>/build/<target>.
  * @param {string} folder
  * @param {string[]} [settings] CMake cache entries, such as SDPA_SANITIZE=address
+ * @param {string} [target] a program of CMakeLists.txt
  */
-export function buildWithCmake(folder, settings = []) {
-  const args = [programPath('cmake-js'), 'compile', '--directory', root];
+export function buildWithCmake(folder, settings = [], target = 'node_sdpa') {
+  const args = [programPath('cmake-js'), 'compile', '--directory', root, '--target', target];
   args.push('--out', path.join(folder, 'build'), ...settings.map((entry) => `--CD${entry}`));
   return run(process.execPath, args);
 }

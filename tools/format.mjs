@@ -5,7 +5,7 @@ import { root, run } from './build-native.mjs';
 
 const isWrite = process.argv.includes('--write');
 const isNative = /\.(h|cpp|inl|cu|cuh)$/;
-const native = ['native', 'bench'].flatMap((folder) =>
+const native = ['native', 'bench', 'test'].flatMap((folder) =>
   readdirSync(path.join(root, folder), { recursive: true, encoding: 'utf8' })
     .filter((name) => isNative.test(name))
     .map((name) => path.join(folder, name)),

@@ -43,7 +43,7 @@ struct AmxBackwardBuffers {
   float* grad_query[kBlocksAtOnce];          // [whole head_dim][kQueryBlock]
   float* grad_key;                           // [chunk][whole head_dim]
   float* grad_value;                         // [chunk][whole value_dim]
-  float* minus_lse[kBlocksAtOnce];           // [kQueryBlock], in units of log2(e)
+  float* lse[kBlocksAtOnce];                 // [kQueryBlock]
   float* delta[kBlocksAtOnce];               // [kQueryBlock]
 
   uint8_t* operand(size_t floats) { return reinterpret_cast<uint8_t*>(scratch_.take(floats)); }
@@ -63,7 +63,7 @@ struct AmxBackwardBuffers {
       queries[i] = operand(head * pair);
       grad_outputs[i] = operand(value * pair);
       grad_query[i] = scratch_.take(whole(p.head_dim) * kQueryBlock);
-      minus_lse[i] = scratch_.take(kQueryBlock);
+      lse[i] = scratch_.take(kQueryBlock);
       delta[i] = scratch_.take(kQueryBlock);
       score_tile[i] = scratch_.take(tile);
       grad_tile[i] = scratch_.take(tile);
@@ -166,20 +166,27 @@ inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBl
   for (int i = 0; i < kQueryBlock; ++i) {
     // Rows without a key have no lse; their scores are all excluded.
     const bool alive = uint32_t(i) < q.count && v.lse[i] != -kInfinity;
-    k.f.minus_lse[block][i] = alive ? -v.lse[i] * kLog2E : 0;
+    k.f.lse[block][i] = alive ? v.lse[i] : 0;
     k.f.delta[block][i] = uint32_t(i) < q.count ? v.delta[i] : 0;
   }
   std::memset(k.f.grad_query[block], 0, whole(p.head_dim) * kQueryBlock * sizeof(float));
+}
+
+/// A score in units of log2(e) less lse. One rounding, and after the products: sums that started at
+/// -lse would be rounded at its size, at every step.
+inline __attribute__((always_inline)) Floats less_lse(Floats score, Floats lse) {
+  return multiply_add(lse, broadcast(-kLog2E), score);
 }
 
 /// Turns a tile of scores and of weight gradients into operands, two keys at a time: weights (after
 /// dropout) for grad_value, score gradients for grad_key and grad_query.
 template <int Terms>
 struct DifferentiateWork {
-  const float* scores;  // less lse, [kKeyBlock][kQueryBlock]
+  const float* scores;  // [kKeyBlock][kQueryBlock], in units of log2(e)
   const float* grads;   // of the weights, the same
   const float* keep;    // dropout decisions, the same, or null
   const float* slope;   // the softcap's derivative, the same, or null
+  const float* lse;     // to be subtracted from the scores, [kQueryBlock]
   const float* delta;   // [kQueryBlock]
   float keep_scale;
   uint8_t* weights;           // operand A, at this block's step
@@ -216,7 +223,8 @@ struct DifferentiateWork {
   inline __attribute__((always_inline)) void differentiate(int key, int v, Floats& weight,
                                                            Floats& grad) const {
     const int i = key * kQueryBlock + v * kLanes;
-    const Floats zero = broadcast(0.0f), w = exponential2<Terms>(load(scores + i));
+    const Floats zero = broadcast(0.0f);
+    const Floats w = exponential2<Terms>(less_lse(load(scores + i), load(lse + v * kLanes)));
     Floats g = load(grads + i);
     weight = w;
     if (keep) {
@@ -238,19 +246,17 @@ inline bool is_plain(const Call& call, const QueryBlock& q, KeyTile tile) {
   return q.vectors == kQueryVectors && is_plain(call, q.all, tile);
 }
 
-/// Scores of a tile (less lse where no rule follows) and the gradients of its weights.
+/// Scores of a tile and the gradients of its weights.
 template <int Terms, typename Work>
-inline void multiply_tile(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block,
-                          KeyTile tile, Work& work) {
+inline void multiply_tile(const AmxBackwardTask<Terms>& k, int block, KeyTile tile, Work& work) {
   alignas(64) static constexpr float zeros[kQueryBlock] = {};
   const Problem& p = k.problem();
   const uint8_t* keys = k.packed.key_rows(tile_number(k, tile));
   const uint8_t* values = k.packed.value_rows(tile_number(k, tile));
-  const float* const start = is_plain(k.call(), q, tile) ? k.f.minus_lse[block] : zeros;
   for (int half = 0; half < 2; ++half) {
     const size_t at = half * kStepDepth * kQueryBlock;
     multiply_packed<Terms>(keys + half * k.packed.key_bytes / 2, k.f.queries[block],
-                           steps_of(p.head_dim), start, 0, k.f.score_tile[block] + at, kQueryBlock,
+                           steps_of(p.head_dim), zeros, 0, k.f.score_tile[block] + at, kQueryBlock,
                            work);
     multiply_packed<Terms>(values + half * k.packed.value_bytes / 2, k.f.grad_outputs[block],
                            steps_of(p.value_dim), zeros, 0, k.f.grad_tile[block] + at, kQueryBlock,
@@ -269,11 +275,11 @@ inline const float* apply_backward_rules(const AmxBackwardTask<Terms>& k, const 
   apply_rules(k.call(), q, tile, k.f.vector.scores, k.f.vector.keep, scores, tangent);
   const Floats floor = broadcast(-200.0f), one = broadcast(1.0f);
   for (int v = 0; v < kQueryVectors; ++v) {
-    const Floats minus_lse = load(k.f.minus_lse[block] + v * kLanes);
+    const Floats lse = load(k.f.lse[block] + v * kLanes);
     for (int r = 0; r < kKeyBlock; ++r) {
       float* const s = scores + r * kQueryBlock + v * kLanes;
       const bool inside = r < tile.count && v < q.vectors;
-      store(s, inside ? max_ignoring_nan(floor, add(load(s), minus_lse)) : floor);
+      store(s, inside ? max_ignoring_nan(floor, less_lse(load(s), lse)) : floor);
     }
   }
   if (k.problem().softcap <= 0) return nullptr;
@@ -298,10 +304,12 @@ inline DifferentiateWork<Terms> differentiate_work(const AmxBackwardTask<Terms>&
   }
   const size_t step = block * Terms * kPairBytes, side = tile_number(k, tile) & 1;
   const uint32_t advances = uint32_t(steps) * kAdvancesAStep<Terms>;
+  alignas(64) static constexpr float zeros[kQueryBlock] = {};
   return {k.f.score_tile[block],
           k.f.grad_tile[block],
           keep,
           slope,
+          is_plain(k.call(), q, tile) ? k.f.lse[block] : zeros,
           k.f.delta[block],
           d.keep_scale,
           k.f.weights[side] + step,
@@ -358,14 +366,14 @@ inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock
   const size_t head = steps_of(k.problem().head_dim), value = steps_of(k.problem().value_dim);
   NoWork none;
   KeyTile before{0, 0};
-  multiply_tile(k, blocks[0], 0, range.tile(), none);
+  multiply_tile(k, 0, range.tile(), none);
   while (!range.done()) {
     const KeyTile tile = range.tile();
     const bool is_first = before.count == 0;
     range.advance();
     DifferentiateWork<Terms> first = differentiate_work(
         k, blocks[0], 0, tile, 2 * (head + value) + (is_first ? 0 : 2 * head + 4 * value));
-    multiply_tile(k, blocks[1], 1, tile, first);
+    multiply_tile(k, 1, tile, first);
     if (!is_first) {
       add_query_gradient(k, 1, before, first);
       add_value_gradient(k, before, first);
@@ -374,7 +382,7 @@ inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock
     DifferentiateWork<Terms> second = differentiate_work(
         k, blocks[1], 1, tile,
         2 * head + (range.done() ? 0 : 2 * (head + value)) + (is_first ? 0 : 4 * head));
-    if (!range.done()) multiply_tile(k, blocks[0], 0, range.tile(), second);
+    if (!range.done()) multiply_tile(k, 0, range.tile(), second);
     add_query_gradient(k, 0, tile, second);
     if (!is_first) add_key_gradient(k, before, second);
     second.finish();

@@ -18,18 +18,19 @@ static_assert(kQueryBlock == 2 * kTileSide && kLanes == kTileSide, "one pair of 
 
 // --------------------------------------------------------------------------------- the softmax
 
-/// 2^x; x <= -200 and less give 0 where denormals are flushed. The largest relative error
-/// over 1.6e7 random x in [-125, 30] is 1.7e-7 with three terms, 2.9e-6 with two, 1.1e-4 with one:
-/// in step with the products.
+/// 2^x; -200 and less give 0 where denormals are flushed. The largest relative error over every
+/// float in [-126, 127] is 6.8e-8 with three terms, 2.9e-6 with two, 1.1e-4 with one
+/// (bench/results/precision.md): in step with the products.
 template <int Terms>
 inline __attribute__((always_inline)) Floats exponential2(Floats x) {
   const Floats n = round_to_integer(x), r = sub(x, n);
   Floats p;
   if constexpr (Terms == 3) {
-    p = multiply_add(broadcast(1.32647227e-3f), r, broadcast(9.67151299e-3f));
-    p = multiply_add(p, r, broadcast(5.55073358e-2f));
-    p = multiply_add(p, r, broadcast(2.40222424e-1f));
-    p = multiply_add(p, r, broadcast(6.93147004e-1f));
+    p = multiply_add(broadcast(1.53268033e-4f), r, broadcast(1.33907935e-3f));
+    p = multiply_add(p, r, broadcast(9.6185049e-3f));
+    p = multiply_add(p, r, broadcast(5.55035993e-2f));
+    p = multiply_add(p, r, broadcast(2.40226477e-1f));
+    p = multiply_add(p, r, broadcast(6.93147182e-1f));
   } else if constexpr (Terms == 2) {
     p = multiply_add(broadcast(9.58284922e-3f), r, broadcast(5.59064299e-2f));
     p = multiply_add(p, r, broadcast(2.40240991e-1f));

@@ -2,10 +2,11 @@
 // the order in which tiles load them. Written on AVX-512; see amx.cpp.
 //
 // A float is the sum of up to three bfloat16 terms (8 + 8 + 8 bits). With three terms, the six
-// products that matter (hh, hm, mh, mm, hl, lh) reproduce a float32 product: an error of about
-// 3e-7, relative L2, on attention of unit normals. Two terms and three products give 1e-5, one
-// term 4e-3 (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype
-// For Higher-Precision Computations", ARITH 2019).
+// products that matter (hh, hm, mh, mm, hl, lh) reproduce a float32 product: attention of unit
+// normals at head dim 64 is off by 2.2e-7 at length 128 and 5.6e-7 at 4096, relative L2, where
+// float32 FMA is by 3.4e-7 and 1.2e-6. Two terms and three products give 2.4e-5, one term 3.5e-3
+// (bench/results/precision.md; Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial
+// Intelligence Datatype For Higher-Precision Computations", ARITH 2019).
 //
 // A step of a product takes 32 values of the inner index; operands are packed as
 // [step][term][2 tiles][16 rows][64 bytes]: one tile is 1 KiB without gaps.
@@ -186,19 +187,20 @@ constexpr uint32_t kAdvancesAStep = Terms == 3   ? 6
                                     : Terms == 2 ? 3
                                                  : 1;
 
-/// The products of one step, in an order that loads each operand seldom: with three terms low*high,
-/// high*high, middle*high, middle*middle, high*middle, high*low. The first operands are in their
+/// The products of one step, in an order that loads each operand seldom and adds the largest last:
+/// with three terms low*high, middle*high, middle*middle, high*middle, high*low, high*high. What is
+/// small is so summed up before it meets rounding at full size. The first operands are in their
 /// registers, and those of the next step follow if there is one.
 template <int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_step(const uint8_t* a, const uint8_t* b,
                                                          bool more, Work& work) {
   const size_t high = 0, middle = kPairBytes, low = 2 * kPairBytes;
   if constexpr (Terms == 3) {
-    multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::a>(a + middle, b, work);
     multiply_pairs<Next::b>(a, b + middle, work);
     multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::b>(a, b + low, work);
+    multiply_pairs<Next::b>(a, b + high, work);
   } else if constexpr (Terms == 2) {
     multiply_pairs<Next::a>(a + high, b, work);
     multiply_pairs<Next::b>(a, b + middle, work);

@@ -4,6 +4,8 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #if defined(_MSC_VER)
 #include <immintrin.h>
 #include <intrin.h>
@@ -49,33 +51,61 @@ uint64_t saved_states() {
 
 constexpr bool bit(uint32_t word, int index) { return (word >> index) & 1; }
 
-bool detect_avx2() {
-  const CpuidWords basic = cpuid(1, 0), extended = cpuid(7, 0);
-  const bool fma = bit(basic.ecx, 12), osxsave = bit(basic.ecx, 27), avx = bit(basic.ecx, 28),
-             f16c = bit(basic.ecx, 29), avx2 = bit(extended.ebx, 5);
-  constexpr uint64_t sse_and_avx_state = 0b110;
-  return osxsave && (saved_states() & sse_and_avx_state) == sse_and_avx_state && avx && avx2 &&
-         fma && f16c;
-}
+/// What a backend may need. An os_ feature is an operating system that saves those registers.
+struct Features {
+  bool avx, avx2, fma, f16c, os_avx;
+  bool avx512f, avx512dq, avx512bw, avx512vl, os_avx512;
+  bool amx_tile, amx_bf16, avx512_bf16, os_amx, amx_permission;
+};
 
-bool detect_avx512() {
-  if (!cpu_has_avx2()) return false;
-  const uint32_t ebx = cpuid(7, 0).ebx;
-  const bool f = bit(ebx, 16), dq = bit(ebx, 17), bw = bit(ebx, 30), vl = bit(ebx, 31);
-  constexpr uint64_t mask_and_zmm_state = 0b11100000;
-  return (saved_states() & mask_and_zmm_state) == mask_and_zmm_state && f && dq && bw && vl;
-}
-
-bool detect_amx() {
-#if defined(__linux__)
-  if (!cpu_has_avx512()) return false;
-  const uint32_t edx = cpuid(7, 0).edx;
-  const bool amx_bf16 = bit(edx, 22), amx_tile = bit(edx, 24),
-             avx512_bf16 = bit(cpuid(7, 1).eax, 5);
-  constexpr uint64_t tile_states = uint64_t{0b11} << 17;
-  if ((saved_states() & tile_states) != tile_states || !amx_bf16 || !amx_tile || !avx512_bf16) {
-    return false;
+/// Whether the comma-separated list, which may be null, has this name.
+bool lists(const char* names, const char* name) {
+  const size_t length = std::strlen(name);
+  while (names) {
+    if (std::strncmp(names, name, length) == 0 && (!names[length] || names[length] == ',')) {
+      return true;
+    }
+    names = std::strchr(names, ',');
+    if (names) ++names;
   }
+  return false;
+}
+
+Features detect() {
+  const CpuidWords basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
+  const bool osxsave = bit(basic.ecx, 27);
+  const uint64_t states = osxsave ? saved_states() : 0;
+  const auto saves = [states](uint64_t mask) { return (states & mask) == mask; };
+  // A hook for tests, which takes features away and can add none.
+  const char* const off = std::getenv("SDPA_CPU_FEATURES_OFF");
+  const auto has = [off](const char* name, bool found) { return found && !lists(off, name); };
+  Features f;
+  f.avx = has("avx", bit(basic.ecx, 28));
+  f.avx2 = has("avx2", bit(extended.ebx, 5));
+  f.fma = has("fma", bit(basic.ecx, 12));
+  f.f16c = has("f16c", bit(basic.ecx, 29));
+  f.os_avx = has("os_avx", saves(0b110));  // SSE and AVX
+  f.avx512f = has("avx512f", bit(extended.ebx, 16));
+  f.avx512dq = has("avx512dq", bit(extended.ebx, 17));
+  f.avx512bw = has("avx512bw", bit(extended.ebx, 30));
+  f.avx512vl = has("avx512vl", bit(extended.ebx, 31));
+  f.os_avx512 = has("os_avx512", saves(0b11100000));  // masks, and both extensions of registers
+  f.amx_tile = has("amx_tile", bit(extended.edx, 24));
+  f.amx_bf16 = has("amx_bf16", bit(extended.edx, 22));
+  f.avx512_bf16 = has("avx512_bf16", bit(more.eax, 5));
+  f.os_amx = has("os_amx", saves(uint64_t{0b11} << 17));
+  f.amx_permission = has("amx_permission", true);  // asked for when all else is there
+  return f;
+}
+
+/// Asked once: a virtual machine takes tens of microseconds to answer CPUID.
+const Features& features() {
+  static const Features found = detect();
+  return found;
+}
+
+bool request_amx() {
+#if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
@@ -85,21 +115,22 @@ bool detect_amx() {
 
 }  // namespace
 
-// Asked once: a virtual machine takes tens of microseconds to answer CPUID.
-
 bool cpu_has_avx2() {
-  static const bool has = detect_avx2();
-  return has;
+  const Features& f = features();
+  return f.os_avx && f.avx && f.avx2 && f.fma && f.f16c;
 }
 
 bool cpu_has_avx512() {
-  static const bool has = detect_avx512();
-  return has;
+  const Features& f = features();
+  return cpu_has_avx2() && f.os_avx512 && f.avx512f && f.avx512dq && f.avx512bw && f.avx512vl;
 }
 
 bool cpu_has_amx() {
-  static const bool has = detect_amx();
-  return has;
+  const Features& f = features();
+  if (!cpu_has_avx512() || !f.os_amx || !f.amx_tile || !f.amx_bf16 || !f.avx512_bf16) return false;
+  if (!f.amx_permission) return false;
+  static const bool granted = request_amx();
+  return granted;
 }
 
 }  // namespace sdpa

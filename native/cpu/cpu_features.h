@@ -1,4 +1,7 @@
 // What this processor can do, asked at run time.
+//
+// Internal, for tests: the environment variable SDPA_CPU_FEATURES_OFF, read once, lists features
+// (`avx512vl,fma`; all names are in cpu_features.cpp) that count as missing. It can only take away.
 #pragma once
 
 namespace sdpa {
