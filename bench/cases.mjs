@@ -74,6 +74,11 @@ export function countFlops({ batch, heads, queryLength, keyLength, headDim, opti
   return 4 * batch * heads * pairs * headDim * (isBackward ? 2.5 : 1);
 }
 
+/** Bytes of key and value: what a decoding step has to read. @param {Case} problem */
+export function countKeyBytes({ batch, heads, keyLength, headDim }) {
+  return batch * heads * keyLength * headDim * 2 * Float32Array.BYTES_PER_ELEMENT;
+}
+
 /** Mulberry32 and Box-Muller: the same standard normal numbers everywhere. @param {number} seed */
 export function normals(seed) {
   let state = seed >>> 0;

@@ -21,7 +21,7 @@ import { PEER_CASES } from './cases.mjs';
 import { compare, measureMemory, nameProcess, withInputs } from './peers/compare.mjs';
 import { installPeers } from './peers/install.mjs';
 import { Library } from './peers/library.mjs';
-import { measurePeaks } from './peers/peak.mjs';
+import { measurePeaks, measureRead } from './peers/peak.mjs';
 import { describeRun, writeResults } from './peers/results.mjs';
 import { asksMemory, commandOf, isThreaded, listKinds, nameSubject } from './peers/subjects.mjs';
 import { caseTable } from './peers/tables.mjs';
@@ -62,11 +62,11 @@ const libraries = await startLibraries();
 const machine = describeMachine(backendInfo().version);
 const run = { machine, versions, peaks: measurePeaks(), effort, reusesOutput };
 console.log(`${describeRun(run).join('\n')}\n`);
-const { results, failures } = await measureAll();
+const found = await measureAll();
 for (const library of libraries.values()) library.stop();
 const memory = await measureAllMemory();
-await writeResults(options.out ?? defaultFolder(), { ...run, results, memory, failures });
-if (failures.length > 0) process.exitCode = 1;
+await writeResults(options.out ?? defaultFolder(), { ...run, ...found, memory });
+if (found.failures.length > 0) process.exitCode = 1;
 
 function defaultFolder() {
   if (options.quick) return path.join(root, 'out', 'bench-peers');
@@ -116,11 +116,12 @@ function subjectsOf(problem) {
 }
 
 async function measureAll() {
-  /** @type {{results: import('./peers/compare.mjs').Result[], failures: string[]}} */
-  const all = { results: [], failures: [] };
+  /** @type {Omit<import('./peers/results.mjs').Found, 'memory'>} */
+  const all = { results: [], reads: [], failures: [] };
   for (const problem of cases) {
     const subjects = subjectsOf(problem);
     if (subjects.length === 0) continue;
+    if (problem.queryLength === 1) all.reads.push(...measureReads(problem));
     const { results, failures } = await compare(problem, subjects, libraries, effort);
     if (results.length > 0) console.log(`${caseTable(results)}\n`);
     for (const failure of failures) console.log(`Left out: ${failure}`);
@@ -128,6 +129,14 @@ async function measureAll() {
     all.failures.push(...failures);
   }
   return all;
+}
+
+/** @param {Case} problem */
+function measureReads(problem) {
+  return threadCounts.flatMap((threads) => {
+    const gigabytes = measureRead(problem, threads);
+    return gigabytes === null ? [] : [{ case: problem.name, threads, gigabytes }];
+  });
 }
 
 /** With the most threads, which need the most memory; a setting makes no difference. */

@@ -1,4 +1,4 @@
-// This package, as any caller has it: arrays in, a new output out.
+// This package, as any caller has it: tensors in, a new output out.
 import { backendInfo, setNumThreads, Tensor } from 'node-sdpa';
 import { nameBackend, prepare as prepareCall } from '../measure.mjs';
 
@@ -12,10 +12,8 @@ export const { version } = backendInfo();
  */
 export function prepare(problem, arrays, { form, precision, threads, reusesOutput }) {
   const { batch, heads, queryLength, keyLength, headDim } = problem;
-  const wrap = (/** @type {Float32Array} */ data, /** @type {number} */ length) => ({
-    data,
-    dims: [batch, heads, length, headDim],
-  });
+  const wrap = (/** @type {Float32Array} */ data, /** @type {number} */ length) =>
+    new Tensor('float32', data, [batch, heads, length, headDim]);
   const inputs = {
     query: wrap(arrays.query, queryLength),
     key: wrap(arrays.key, keyLength),

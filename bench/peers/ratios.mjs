@@ -1,9 +1,11 @@
 // What the measured times say: this package against the fastest form of each other library, against
 // plain JavaScript, and against what the machine can do.
+import { countKeyBytes, PEER_CASES } from '../cases.mjs';
 import { nameSubject, ONNXRUNTIME, OURS, PYTORCH, TFJS } from './subjects.mjs';
 
 /** @typedef {import('./compare.mjs').Result} Result */
 /** @typedef {Record<string, number>} Peaks GFLOP/s of one core */
+/** @typedef {{case: string, threads: number, gigabytes: number}} Read GB/s of a plain read */
 /**
  * One case at one number of threads.
  * @typedef {object} Standing
@@ -69,14 +71,17 @@ export function floatPeak(/** @type {Peaks} */ peaks) {
  * All ratios as plain data: how many times faster than each, and the part of the float32 peak.
  * @param {Standing[]} standings
  * @param {Peaks} peaks
+ * @param {Read[]} reads
  */
-export function describeRatios(standings, peaks) {
+export function describeRatios(standings, peaks, reads) {
   const peak = floatPeak(peaks);
   const causal = ' causal';
   const at = (/** @type {string} */ name, /** @type {number} */ threads) =>
     standings.find((other) => other.case === name && other.threads === threads)?.best ?? null;
   return standings.map((standing) => {
     const { best, threads, ours, onnxruntime } = standing;
+    const read = reads.find((one) => one.case === standing.case && one.threads === threads);
+    const problem = PEER_CASES.find(({ name }) => name === standing.case);
     const againstPeer = ours.map((result) => [nameSubject(result), ratio(result, onnxruntime)]);
     return {
       case: standing.case,
@@ -88,6 +93,8 @@ export function describeRatios(standings, peaks) {
       tfjs: ratio(best, standing.tfjs),
       js: ratio(best, standing.js),
       ofFloatPeak: peak && best.gflops / (peak * threads),
+      ofRead:
+        read && problem ? countKeyBytes(problem) / (best.medianMs * 1e6) / read.gigabytes : null,
       oneThread: threads === 1 ? null : ratio(best, at(standing.case, 1)),
       notCausal: standing.case.endsWith(causal)
         ? ratio(best, at(standing.case.replace(causal, ''), threads))

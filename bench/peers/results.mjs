@@ -18,6 +18,7 @@ import { backendTable, caseTable, memoryTable, ratioTable, summaryTable } from '
  * @typedef {object} Found
  * @property {import('./compare.mjs').Result[]} results
  * @property {import('./compare.mjs').Memory[]} memory
+ * @property {import('./ratios.mjs').Read[]} reads of the bytes of decoding steps
  * @property {string[]} failures
  */
 
@@ -31,7 +32,7 @@ export function describeRun({ machine, versions, peaks, effort, reusesOutput }) 
     [...libraries, `Node.js ${node}`].join(', '),
     `${cpu}, ${cores} cores, ${platform}, ${date}`,
     ...(limits.length > 0 ? [`Peaks of one core, GFLOP/s: ${limits.join(', ')}`] : []),
-    `${effort.rounds} rounds, each in a new order. Float32Array in; out: ${output}`,
+    `${effort.rounds} rounds, each in a new order. Tensors of each library in; out: ${output}`,
   ];
 }
 
@@ -41,13 +42,13 @@ export function describeRun({ machine, versions, peaks, effort, reusesOutput }) 
  * @param {Run & Found} found
  */
 export async function writeResults(folder, found) {
-  const { machine, peaks, results, memory } = found;
+  const { machine, peaks, results, memory, reads } = found;
   const standings = rank(results);
   if (standings.length === 0) {
     console.log('No native backend of this package was measured: there is nothing to compare.');
     return;
   }
-  const ratios = describeRatios(standings, peaks);
+  const ratios = describeRatios(standings, peaks, reads);
   const sections = [
     ['Median times', summaryTable(standings)],
     ['Ratios', ratioTable(ratios)],
