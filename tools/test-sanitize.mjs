@@ -7,6 +7,9 @@ import { buildWithCmake, root, run } from './build-native.mjs';
 /** Their own process never enters the addon, or they measure memory, which sanitizers multiply. */
 const LEFT_OUT = new Set(['reference.test.ts', 'examples.test.ts', 'package.test.ts']);
 
+/** Long training in JavaScript, around calls that other tests make too. */
+const isOfExamples = (/** @type {string} */ name) => name.startsWith(`examples${path.sep}`);
+
 /** An emulated processor has no room for the sanitizers' shadow memory. */
 const LEFT_OUT_NAMES = '^(?!a processor without)';
 
@@ -23,7 +26,7 @@ const libraries = ['libasan.so', 'libubsan.so', 'libstdc++.so'].map((name) =>
   path.resolve(run(compiler, [`-print-file-name=${name}`]).output.trim()),
 );
 const files = readdirSync(path.join(root, 'test'), { recursive: true, encoding: 'utf8' })
-  .filter((name) => name.endsWith('.test.ts') && !LEFT_OUT.has(name))
+  .filter((name) => name.endsWith('.test.ts') && !LEFT_OUT.has(name) && !isOfExamples(name))
   .map((name) => path.join('test', name));
 
 const vitest = path.join(root, 'node_modules/vitest/vitest.mjs');

@@ -7,6 +7,7 @@ export const CHECKPOINT = 'out/gpt.safetensors';
 
 /** Runs a command; a mistake of the user's is one line and exit status 1. */
 export async function runCommand(command: () => void | Promise<void>): Promise<void> {
+  await Promise.resolve(); // the file that calls this is read to its end first
   try {
     await command();
   } catch (error) {

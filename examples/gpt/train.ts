@@ -11,7 +11,7 @@
 //     --placement NAME   dropout of attention: weights, context, scores or none (weights)
 //     --p NUMBER         its probability (0.1)
 //     --seed COUNT       (1)
-//     --backend NAME     what computes attention: auto, cpu or js (auto)
+//     --backend NAME     what computes attention: auto, js, cpu:avx2 and so on (auto)
 import { existsSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { setImmediate } from 'node:timers/promises';
@@ -50,8 +50,7 @@ runCommand(async () => {
   const settings = readSettings(given);
   const book = readBook(given.file);
   const corpus = splitText(book, VALIDATION.share, VALIDATION.longest, settings.model.length);
-  const backend = given.backend as BackendName; // node-sdpa says so if it is none
-  const trainer = new Trainer(settings, corpus, { backend });
+  const trainer = new Trainer(settings, corpus, { backend: readBackend(given.backend) });
   // npm runs in the package's folder; the user means a file of their own.
   const out = path.resolve(process.env.INIT_CWD ?? '', given.out);
   if (given.fresh) rmSync(out, { force: true });
@@ -87,6 +86,13 @@ function readSettings(given: Record<string, string | boolean | undefined>): Sett
     dropout: { placement, p: placement === 'none' ? 0 : readNumber('p', `${given.p}`, 0, 1) },
     seed: readCount('seed', `${given.seed}`, 0, 2 ** 31 - 1),
   };
+}
+
+function readBackend(name: string): BackendName {
+  const usable = backendInfo().tried.flatMap(({ backend, ok }) => (ok ? [backend] : []));
+  const found = ['auto' as const, ...usable].find((backend) => backend === name);
+  if (found !== undefined) return found;
+  throw new UsageError(`--backend: expected auto, ${usable.join(', ')}, got ${name}`);
 }
 
 function resume(file: string, trainer: Trainer): void {

@@ -5,8 +5,8 @@ import * as tf from '@tensorflow/tfjs-core';
 import { layers, models, sequential } from '@tensorflow/tfjs-layers';
 import { dropoutMask } from 'node-sdpa';
 import { beforeAll, describe, expect, test } from 'vitest';
-import { attention, MultiHeadAttention } from '../examples/tfjs/attention';
-import { runNode } from './child';
+import { attention, MultiHeadAttention } from '../../examples/tfjs/attention';
+import { runNode } from '../child';
 
 const DIMS: [number, number, number, number] = [2, 3, 7, 4];
 const P = 0.25; // takes effect exactly

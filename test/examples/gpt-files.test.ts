@@ -4,21 +4,21 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'n
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { evaluationAttention } from '../examples/gpt/attention';
-import { loadModel, save } from '../examples/gpt/checkpoint';
-import { ArrayCache } from '../examples/gpt/kv-cache';
-import { Gpt } from '../examples/gpt/model';
-import { randomStreams } from '../examples/gpt/random';
+import { evaluationAttention } from '../../examples/gpt/attention';
+import { loadModel, save } from '../../examples/gpt/checkpoint';
+import { ArrayCache } from '../../examples/gpt/kv-cache';
+import { Gpt } from '../../examples/gpt/model';
+import { randomStreams } from '../../examples/gpt/random';
 import {
   decodeSafetensors,
   encodeSafetensors,
   readSafetensors,
   writeSafetensors,
-} from '../examples/gpt/safetensors';
-import { readBook, splitText, UsageError, Vocabulary } from '../examples/gpt/text';
-import { Trainer } from '../examples/gpt/trainer';
-import { choose, Decoder, writeTokens } from '../examples/gpt/writer';
-import { runNode } from './child';
+} from '../../examples/gpt/safetensors';
+import { readBook, splitText, UsageError, Vocabulary } from '../../examples/gpt/text';
+import { Trainer } from '../../examples/gpt/trainer';
+import { choose, Decoder, writeTokens } from '../../examples/gpt/writer';
+import { runNode } from '../child';
 
 let folder: string;
 beforeAll(() => {

@@ -2,14 +2,14 @@
 // independent attention; then the float32 model on the package against the float64 one.
 import { Generator } from 'node-sdpa';
 import { describe, expect, test } from 'vitest';
-import { type Attention, trainingAttention } from '../examples/gpt/attention';
-import { crossEntropy } from '../examples/gpt/layers';
-import { addProduct, type Floats, transpose } from '../examples/gpt/matmul';
-import { Gpt } from '../examples/gpt/model';
-import { AdamW, clipGradients, rateAt } from '../examples/gpt/optimizer';
-import { below, randomStreams, standardNormal } from '../examples/gpt/random';
-import { swapAxes } from './cases';
-import { PLACEMENTS, type ReferenceOptions, reference } from './reference';
+import { type Attention, trainingAttention } from '../../examples/gpt/attention';
+import { crossEntropy } from '../../examples/gpt/layers';
+import { addProduct, type Floats, transpose } from '../../examples/gpt/matmul';
+import { Gpt } from '../../examples/gpt/model';
+import { AdamW, clipGradients, rateAt } from '../../examples/gpt/optimizer';
+import { below, randomStreams, standardNormal } from '../../examples/gpt/random';
+import { swapAxes } from '../cases';
+import { PLACEMENTS, type ReferenceOptions, reference } from '../reference';
 
 const SIZES = { layers: 2, heads: 2, width: 8, length: 6, vocabulary: 5 };
 const BATCH = 2;

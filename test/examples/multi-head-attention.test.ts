@@ -2,7 +2,7 @@
 // reference, with dropout at each placement.
 import { Generator } from 'node-sdpa';
 import { describe, expect, test } from 'vitest';
-import { randomStreams } from '../examples/gpt/random';
+import { randomStreams } from '../../examples/gpt/random';
 import {
   CausalAttention,
   JOURNEY,
@@ -12,9 +12,9 @@ import {
   SelfAttention,
   simpleSelfAttention,
   type Texts,
-} from '../examples/multi-head-attention';
-import { runNode } from './child';
-import { PLACEMENTS, type ReferenceOptions, reference } from './reference';
+} from '../../examples/multi-head-attention';
+import { runNode } from '../child';
+import { PLACEMENTS, type ReferenceOptions, reference } from '../reference';
 
 const SEED = 123;
 const random = () => randomStreams(SEED, 1)[0];

@@ -13,8 +13,8 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { measureCases } from '../examples/gpt/experiment/noise';
-import { EVALUATED_EVERY, type Job, listJobs, RUN } from '../examples/gpt/experiment/plan';
+import { measureCases } from '../../examples/gpt/experiment/noise';
+import { EVALUATED_EVERY, type Job, listJobs, RUN } from '../../examples/gpt/experiment/plan';
 import {
   appendRow,
   NOISE_FILE,
@@ -22,16 +22,16 @@ import {
   type Row,
   RUNS_FILE,
   readResults,
-} from '../examples/gpt/experiment/results';
-import { intervalOf, jointConfidence } from '../examples/gpt/experiment/statistics';
-import { againstNone, bestGroups, summarize } from '../examples/gpt/experiment/summary';
+} from '../../examples/gpt/experiment/results';
+import { intervalOf, jointConfidence } from '../../examples/gpt/experiment/statistics';
+import { againstNone, bestGroups, summarize } from '../../examples/gpt/experiment/summary';
 import {
   approximateScoresMoments,
   approximateScoresWeights,
   contextOf,
   scoresMoments,
-} from '../examples/gpt/experiment/theory';
-import { ROOT, runNode } from './child';
+} from '../../examples/gpt/experiment/theory';
+import { ROOT, runNode } from '../child';
 
 let folder: string;
 beforeAll(() => {

@@ -12,11 +12,11 @@ import {
   setNumThreads,
 } from 'node-sdpa';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import type { Attention, Dropout } from '../examples/gpt/attention';
-import { restore, save } from '../examples/gpt/checkpoint';
-import { type Corpus, readBook, splitText } from '../examples/gpt/text';
-import { type Choice, type Settings, Trainer } from '../examples/gpt/trainer';
-import { ROOT } from './child';
+import type { Attention, Dropout } from '../../examples/gpt/attention';
+import { restore, save } from '../../examples/gpt/checkpoint';
+import { type Corpus, readBook, splitText } from '../../examples/gpt/text';
+import { type Choice, type Settings, Trainer } from '../../examples/gpt/trainer';
+import { ROOT } from '../child';
 
 const STEPS = 200;
 const PLACEMENTS: DropoutPlacement[] = ['weights', 'context', 'scores'];
