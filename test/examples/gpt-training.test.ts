@@ -197,7 +197,7 @@ describe('a checkpoint', () => {
 
 describe('npm run train', () => {
   const program = ['--import', 'tsx', 'examples/gpt/train.ts'];
-  const small = '--layers 1 --heads 2 --width 16 --length 32 --batch 4 --steps 400'.split(' ');
+  const small = '--layers 1 --heads 2 --width 16 --length 32 --batch 4 --steps 250'.split(' ');
 
   /** Runs the command; sends SIGINT when the first steps are done, where that is asked for. */
   function run(out: string, isInterrupted: boolean, more: string[] = []) {
@@ -208,7 +208,7 @@ describe('npm run train', () => {
       let isSent = false;
       const listen = (part: string) => {
         text += part;
-        if (!isInterrupted || isSent || !text.includes('step 0/400')) return;
+        if (!isInterrupted || isSent || !text.includes('step 0/250')) return;
         isSent = child.kill('SIGINT');
       };
       child.stdout.setEncoding('utf8').on('data', listen);
@@ -222,9 +222,9 @@ describe('npm run train', () => {
     expect(await run(whole, false)).toMatchObject({ status: 0 });
     const stopped = await run(parts, true);
     expect(stopped, stopped.text).toMatchObject({ status: 130 });
-    expect(stopped.text).toMatch(/Saved in .* after \d+ of 400 steps; rerun to go on/);
+    expect(stopped.text).toMatch(/Saved in .* after \d+ of 250 steps; rerun to go on/);
     const rest = await run(parts, false);
-    expect(rest.text).not.toContain('step 0/400');
+    expect(rest.text).not.toContain('step 0/250');
     expect(rest, rest.text).toMatchObject({ status: 0 });
     expect(readFileSync(parts).equals(readFileSync(whole))).toBe(true);
 
