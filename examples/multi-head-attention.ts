@@ -3,9 +3,9 @@
 //
 //   npm run build && node --import tsx examples/multi-head-attention.ts
 //
-// The words, for one row of queries: scores are scale * query . key, before the softmax; weights are
-// softmax(scores), and sum to 1; context is weights times value. The book's `dropout(attn_weights)` is
-// the placement 'weights'.
+// The words, for one row of queries: scores are scale * query . key, before the softmax; weights
+// are softmax(scores), and sum to 1; context is weights times value. The book's
+// `dropout(attn_weights)` is the placement 'weights'.
 import path from 'node:path';
 import {
   type AttentionOptions,

@@ -75,7 +75,7 @@ export function decodeSafetensors(bytes: Buffer): TensorFile {
   return { tensors, metadata: metadata as Record<string, string> };
 }
 
-/** Writes a file as a whole or not at all: whatever happens, the old one or the new one is there. */
+/** Writes a file as a whole or not at all: whatever happens, the old or the new one is there. */
 export function writeSafetensors(file: string, content: TensorFile): void {
   const temporary = `${file}.${process.pid}.tmp`;
   try {

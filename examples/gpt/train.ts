@@ -1,4 +1,4 @@
-// Trains a GPT on a text and keeps it in a file; started again, it goes on where it was, to the bit.
+// Trains a GPT on a text and keeps it in a file; started again, it goes on, to the bit.
 //
 //   npm run train -- [options]
 //     --file FILE        the text to learn (default: Moby-Dick)

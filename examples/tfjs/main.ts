@@ -1,5 +1,5 @@
-// Trains a TensorFlow.js model around node-sdpa's attention: each token of a random text has to name
-// the text's first token, which only attention can carry to it.
+// Trains a TensorFlow.js model around node-sdpa's attention: each token of a random text has to
+// name the text's first token, which only attention can carry to it.
 //
 //   npm run build && node --import tsx examples/tfjs/main.ts [scores | weights | context]
 import '@tensorflow/tfjs-backend-cpu';

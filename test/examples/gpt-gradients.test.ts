@@ -1,5 +1,5 @@
-// The gradients of the GPT of examples/gpt: its layers in float64 against finite differences, with an
-// independent attention; then the float32 model on the package against the float64 one.
+// The gradients of the GPT of examples/gpt: its layers in float64 against finite differences, with
+// an independent attention; then the float32 model on the package against the float64 one.
 import { Generator } from 'node-sdpa';
 import { describe, expect, test } from 'vitest';
 import { type Attention, trainingAttention } from '../../examples/gpt/attention';
@@ -105,7 +105,7 @@ describe.each(DROPOUTS)('dropout %s', (placement) => {
     model.parameters.forEach(({ name, gradient }, at) => {
       const want = exact.parameters[at].gradient;
       const error = lengthOf(gradient.map((x, i) => x - want[i]));
-      // A key's bias shifts all scores of a row alike: its gradient is 0, and only rounding is left.
+      // A key's bias shifts all scores of a row alike: its gradient is 0, but for rounding.
       expect(error, name).toBeLessThan(1e-6 * lengthOf(want) + 1e-7 * all);
       expect(lengthOf(want), name).toBeGreaterThan(name.endsWith('key.bias') ? -1 : 1e-3 * all);
     });

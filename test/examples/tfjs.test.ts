@@ -1,5 +1,5 @@
-// examples/tfjs: the operation and its gradients against TensorFlow.js' own arithmetic and automatic
-// differentiation, and the layer in a model.
+// examples/tfjs: the operation and its gradients against TensorFlow.js' own arithmetic and
+// automatic differentiation, and the layer in a model.
 import '@tensorflow/tfjs-backend-cpu';
 import * as tf from '@tensorflow/tfjs-core';
 import { layers, models, sequential } from '@tensorflow/tfjs-layers';

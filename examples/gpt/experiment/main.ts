@@ -2,11 +2,11 @@
 // in processes side by side. Each run's row is written as it ends; started again, it goes on.
 //
 //   npm run experiment -- [options]
-//     --out FOLDER     where the results go (default: out/experiment)
-//     --seeds COUNT    (6)
+//     --out FOLDER        where the results go (default: out/experiment)
+//     --seeds COUNT       (6)
 //     --placements NAMES  only these, separated by commas (none,weights,context,scores)
-//     --jobs COUNT     processes side by side (default: one for each core)
-//     --steps COUNT    of each run (1200); fewer, to see that all works
+//     --jobs COUNT        processes side by side (default: one for each core)
+//     --steps COUNT       of each run (1200); fewer, to see that all works
 import { fork } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { availableParallelism } from 'node:os';

@@ -225,8 +225,8 @@ function momentsOf(outputs: Float32Array): MeasuredMoments {
 }
 
 /**
- * Each channel's mean and variance against theory, in standard errors of the measurement. At p = 0.5
- * a channel of the context is o plus or minus o: there is no error of the variance to measure by.
+ * Each channel's mean and variance against theory, in standard errors of the measurement. Dropout
+ * of context at p = 0.5 gives 0 or 2 o: there is no error of the variance to measure by.
  */
 function standardDistances(measured: MeasuredMoments, theory: Moments): number[] {
   return Array.from({ length: CHANNELS }, (_, d) => {

@@ -1,5 +1,5 @@
-// The words and tables of the report's page. Every number comes from the result files, and every claim
-// about them is made, or not made, by its interval.
+// The words and tables of the report's page. Every number comes from the result files, and every
+// claim about them is made, or not made, by its interval.
 import type { NoiseCase, NoiseFile } from './noise';
 import { PLACEMENTS } from './plan';
 import type { Header, Row } from './results';
@@ -74,10 +74,12 @@ function table(head: readonly string[], rows: readonly (readonly string[])[]): s
 const MEASURE_NAMES: Record<Measure, string> = { best: 'best', final: 'final' };
 
 function describeQuestion({ seeds, none }: Summary): string {
+  const [best, final] = [none.best, none.final].map((losses) => loss(meanOf(losses)));
   return `Attention has three places for dropout, and libraries, papers and books differ in the one
-they use, and in what they call it. Here the same small GPT is trained with each of them, ${seeds.length} times
-with each setting, on a text that it can learn by heart: without dropout its validation loss is
-lowest after some ${Math.round(none.bestStep)} steps, at ${loss(meanOf(none.best))} nats a character, and ${loss(meanOf(none.final))} at the end.`;
+they use, and in what they call it. Here the same small GPT is trained with each of them,
+${seeds.length} times with each setting, on a text that it can learn by heart: without dropout its
+validation loss is lowest after some ${Math.round(none.bestStep)} steps, at ${best} nats a
+character, and ${final} at the end.`;
 }
 
 function describeFindings(summary: Summary, noise: NoiseFile): string {
@@ -98,8 +100,8 @@ function describeFindings(summary: Summary, noise: NoiseFile): string {
   ];
   return `${findings.map((finding) => `- ${finding}`).join('\n')}
 
-"Clear" means that the ${CONFIDENCE_TEXT} confidence intervals of the whole comparison, taken together
-(Bonferroni), leave out 0.`;
+"Clear" means that the ${CONFIDENCE_TEXT} confidence intervals of the whole comparison, taken
+together (Bonferroni), leave out 0.`;
 }
 
 function describeAgainstNone(summary: Summary, measure: Measure): string {
@@ -109,8 +111,8 @@ function describeAgainstNone(summary: Summary, measure: Measure): string {
   const worse = all.filter(({ joint }) => joint.low > 0);
   const [first] = [...all].sort((a, b) => a.interval.mean - b.interval.mean);
   return (
-    `The ${name}: of ${all.length} settings, ${better.length} are clearly better than no dropout and ` +
-    `${worse.length} clearly worse. The lowest mean is that of ${first.first.name}, ` +
+    `The ${name}: of ${all.length} settings, ${better.length} are clearly better than no dropout ` +
+    `and ${worse.length} clearly worse. The lowest mean is that of ${first.first.name}, ` +
     `${signed(first.interval.mean)} ${range(first.interval)} nats against no dropout.`
   );
 }
@@ -131,14 +133,14 @@ function describeClear(clear: readonly Difference[]): string {
 
 const TERMS = `For one row of queries:
 
-- **scores** are \`scale * query · keyᵀ\`, before the softmax (with softcap, bias and masks). Dropout
-  of scores makes a score −∞: the key is out, and the rest share all of its weight. Nothing is
+- **scores** are \`scale * query · keyᵀ\`, before the softmax (with softcap, bias and masks).
+  Dropout of scores makes a score −∞: the key is out, and the rest share all of its weight. Nothing is
   rescaled.
 - **weights** are \`softmax(scores)\`; a row sums to 1. Dropout of weights makes a weight 0 and
   multiplies the others by 1/(1−p): the row sums to 1 on average only. This is "attention dropout"
   in PyTorch, GPT and most books, some of which call the weights "scores".
-- **context** is \`weights · value\`, the output of a head. Dropout of context makes single channels 0
-  and multiplies the others by 1/(1−p).`;
+- **context** is \`weights · value\`, the output of a head. Dropout of context makes single channels
+  0 and multiplies the others by 1/(1−p).`;
 
 function describeExperiment(
   { run, text, machine }: Header,
@@ -146,19 +148,18 @@ function describeExperiment(
   summary: Summary,
 ) {
   const { model } = run;
-  const trained = text.characters * (1 - text.validationShare);
+  const untrained = text.characters * text.validationShare;
+  const trained = text.characters - untrained;
   const backends = [...new Set(rows.map(({ backend }) => String(backend)))];
   const minutes = rows.reduce((sum, { seconds }) => sum + seconds, 0) / 60;
   const facts = [
     ['model', `${model.layers} layers, width ${model.width}, ${model.heads} heads, pre-norm, GELU`],
-    [
-      'text',
-      `the first ${text.characters} characters of Moby-Dick: ${trained} to learn, the rest to validate`,
-    ],
+    ['text', `${trained} characters of Moby-Dick to learn, and the next ${untrained} to validate`],
     ['a step', `${run.batch} pieces of ${model.length} characters; ${run.steps} steps`],
     [
       'optimizer',
-      `AdamW, rate ${run.rate} after ${run.warmup} steps, then a cosine to a tenth; weight decay ${run.weightDecay}; gradients clipped at ${run.clip}`,
+      `AdamW, rate ${run.rate} after ${run.warmup} steps, then a cosine to a tenth; ` +
+        `weight decay ${run.weightDecay}; gradients clipped at ${run.clip}`,
     ],
     [
       'dropout',
@@ -172,7 +173,8 @@ function describeExperiment(
     ['all', `${rows.length} runs, ${minutes.toFixed(0)} minutes of one core`],
     [
       'machine',
-      `${machine.cpu}, ${machine.cores} cores, Node.js ${machine.node}, attention by ${list(backends)}, ${machine.date}`,
+      `${machine.cpu}, ${machine.cores} cores, Node.js ${machine.node}, ` +
+        `attention by ${list(backends)}, ${machine.date}`,
     ],
   ];
   return table(['', ''], facts);
@@ -183,10 +185,10 @@ function describeLosses({ none, groups }: Summary): string {
   const highest = groups.reduce((a, b) =>
     meanOf(b.finalTraining) > meanOf(a.finalTraining) ? b : a,
   );
-  return `The best loss is the lowest of a run, as stopping early would keep it; the final one is that of
-its last step. Means ± standard deviations over seeds; differences are paired by seed, with their
-${CONFIDENCE_TEXT} confidence intervals (Student's t), **bold** where clear. Less is better. The training
-loss shows how much is learned by heart: ${loss(training)} at the end without dropout, and at most
+  return `The best loss is the lowest of a run, as stopping early would keep it; the final one is that
+of its last step. Means ± standard deviations over seeds; differences are paired by seed, with their
+${CONFIDENCE_TEXT} confidence intervals (Student's t), **bold** where clear. Less is better. The
+training loss shows how much is learned by heart: ${loss(training)} at the end without dropout, and at most
 ${loss(meanOf(highest.finalTraining))}, with ${highest.name}.`;
 }
 
@@ -241,8 +243,9 @@ function contrastTable(summary: Summary): string {
 }
 
 function describeNoise(noise: NoiseFile): string {
-  return `One row of ${noise.keys} keys and ${noise.channels} channels is drawn ${noise.draws} times with each placement, from flat rows
-to peaked ones, with values independent of each other or half in common. With weights w, values v
+  const { keys, channels, draws } = noise;
+  return `One row of ${keys} keys and ${channels} channels is drawn ${draws} times with each
+placement, from flat rows to peaked ones, with values independent of each other or half in common. With weights w, values v
 and context o, theory says:
 
 - weights: covariance p/(1−p) Σⱼ wⱼ² vⱼ vⱼᵀ. A lost token takes all its channels along, so channels
@@ -250,8 +253,8 @@ and context o, theory says:
   because the sum of a row's weights changes.
 - context: variance p/(1−p) o² in each channel, whatever the weights are; channels are independent.
 - scores: to first order p/(1−p) Σⱼ wⱼ² (vⱼ−o)(vⱼ−o)ᵀ. What values have in common is no noise, since
-  a row still sums to 1. The lines in the charts are not this but exact sums over all ${2 ** noise.keys} sets of
-  kept keys.
+  a row still sums to 1. The lines in the charts are not this but exact sums over all ${2 ** keys}
+  sets of kept keys.
 
 ${describeAgreement(noise)}`;
 }
@@ -282,9 +285,9 @@ function describeBias({ cases }: NoiseFile): string {
     loss(meanTopWeight.theory),
     loss(approximation?.meanTopWeight ?? Number.NaN),
   ]);
-  return `Dropout of weights and of context leave the mean as it is. Dropout of scores does not: to first order
-it takes p/(1−p) wⱼ (wⱼ − Σᵢ wᵢ²) from a key's mean weight, so that heavy keys lose, light ones gain,
-and a flat row stays as it is. In a peaked row, where this approximation ends, the heaviest key
+  return `Dropout of weights and of context leave the mean as it is. Dropout of scores does not: to
+first order it takes p/(1−p) wⱼ (wⱼ − Σᵢ wᵢ²) from a key's mean weight, so that heavy keys lose,
+light ones gain, and a flat row stays as it is. In a peaked row, where this approximation ends, the heaviest key
 keeps about 1−p of its weight, for it is dropped with probability p:
 
 ${table(['p', 'heaviest weight', 'its mean, measured', 'exact', 'first order'], rows)}`;
@@ -293,12 +296,13 @@ ${table(['p', 'heaviest weight', 'its mean, measured', 'exact', 'first order'], 
 const distance = ({ topWeight }: NoiseCase) => Math.abs(topWeight - 0.5);
 
 function describeLimits(summary: Summary): string {
-  return `- **Equal p is not equal strength.** p is a probability per element, and elements are tokens in one
-  placement and channels in another. Which placement puts in more noise at equal p depends on how
+  const seeds = summary.seeds.length;
+  return `- **Equal p is not equal strength.** p is a probability per element, and elements are tokens
+  in one placement and channels in another. Which placement puts in more noise at equal p depends on how
   peaked a row is and on what its values have in common, as the charts above show. A difference at
   equal p may be one of strength alone; compare the best p of each placement, or the course over p.
-- One small model, one short text, one optimizer, ${summary.seeds.length} seeds: this shows what happens here, where
-  overfitting is strong. It says nothing about large models on large texts, which hardly overfit and
+- One small model, one short text, one optimizer, ${seeds} seeds: this shows what happens here,
+  where overfitting is strong. It says nothing about large models on large texts, which hardly overfit and
   are often trained without any dropout.
 - No other dropout was on (of embeddings, residuals or the MLP). Beside it, effects may differ.
 - The best loss of a run is chosen on the text that it is stated for, and the best p likewise: both
@@ -306,7 +310,7 @@ function describeLimits(summary: Summary): string {
   no p to choose.
 - The rate, the number of steps and all else were chosen so that a run without dropout overfits
   within a minute, and not for any placement.
-- Intervals are over seeds: another text is not covered by them. With ${summary.seeds.length} seeds they take the
+- Intervals are over seeds: another text is not covered by them. With ${seeds} seeds they take the
   differences for normally distributed.`;
 }
 
@@ -326,5 +330,5 @@ npm run report       # this page and its charts, from the result files
 \`\`\`
 
 The files behind this page: [runs.jsonl](placement/runs.jsonl), [noise.json](placement/noise.json).
-${list(PLACEMENTS.map((name) => `\`dropoutPlacement: '${name}'\``))} switch the placement in your own code.`;
+In your own code, \`dropoutPlacement\` takes ${list(PLACEMENTS.map((name) => `\`'${name}'\``))}.`;
 }
