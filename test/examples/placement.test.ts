@@ -56,6 +56,13 @@ describe('noise', () => {
     }
   });
 
+  test('a channel of the context that is 0 or 2 o has no distance of its variance', () => {
+    for (const { placement, z } of measureCases([0, 1], [0.5])) {
+      expect(z.every(Number.isFinite)).toBe(true);
+      expect(z).toHaveLength(placement === 'context' ? 16 : 32);
+    }
+  });
+
   test('dropout of two scores, by hand', () => {
     const [w, p] = [0.9, 0.25];
     const row = { weights: Float64Array.of(w, 1 - w), values: Float64Array.of(1, -1), channels: 1 };

@@ -132,6 +132,7 @@ export function curvesChart(summary: Summary): object {
       .filter((group) => group.placement === placement)
       .flatMap((group, i) => points(group, placement, names[i + 1])),
   ]).filter(({ step }) => step > 0); // the loss of random weights would squeeze all others
+  const thirds = [1, 2, 3].map((i) => (i * Math.max(...values.map(({ step }) => step))) / 3);
   const scale = { domain: names, range: [NONE_COLOR, ...P_COLORS] };
   const loss = { type: 'quantitative', scale: { zero: false }, title: 'validation loss, nats' };
   return {
@@ -153,7 +154,7 @@ export function curvesChart(summary: Summary): object {
     spec: {
       ...{ width: 250, height: 300 },
       encoding: {
-        x: { field: 'step', type: 'quantitative', axis: { ...GRID, tickCount: 3 } },
+        x: { field: 'step', type: 'quantitative', axis: { ...GRID, values: thirds } },
         color: { field: 'series', type: 'nominal', scale, sort: names, legend: LEGEND },
       },
       layer: [

@@ -235,7 +235,7 @@ function standardDistances(measured: MeasuredMoments, theory: Moments): number[]
     const meanError = Math.sqrt(variance / measured.draws);
     const varianceError = Math.sqrt((measured.fourth[d] - variance ** 2) / measured.draws);
     const meanDistance = (measured.mean[d] - theory.mean[d]) / meanError;
-    if (varianceError < 1e-3 * variance) return [meanDistance];
+    if (!(varianceError > 1e-3 * variance)) return [meanDistance]; // rounding may make it NaN
     return [meanDistance, (variance - theory.covariance[at]) / varianceError];
   }).flat();
 }
