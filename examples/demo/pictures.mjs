@@ -25,7 +25,7 @@ const PAPER = '#ffffff';
 const DROPPED = { cross: '#d9481c', cell: '#fce4da' };
 const WEIGHT_COLORS = ['#eef3f8', '#bcd3e8', '#6fa3cc', '#2b6ca3', '#0d2f57'];
 const CHANNEL_COLORS = ['#7a4b0a', '#dcae62', '#f4f1ea', '#7fbcae', '#064e43'];
-const PLACEMENT_COLORS = { weights: '#2b6ca3', context: '#0b8a74', scores: '#d9481c' };
+export const PLACEMENT_COLORS = { weights: '#2b6ca3', context: '#0b8a74', scores: '#d9481c' };
 /** Length of a matrix's side with so many cells; a few cells are drawn large. */
 const sideOf = (/** @type {number} */ cells) => cells * Math.max(15, 220 / cells);
 

@@ -26,8 +26,8 @@ export function readPassage(file) {
   return { title: file, tokens };
 }
 
-/** @param {string} file */
-function readText(file) {
+/** The text of a file, or of its first MiB. @param {string} file */
+export function readText(file) {
   let bytes;
   try {
     bytes = readStart(file);
