@@ -14,6 +14,8 @@ export { dropoutMask } from './dropout-mask';
 export type { SdpaError, SdpaErrorCode } from './errors';
 export type { GeneratorOptions, GeneratorState } from './generator';
 export { Generator, manualSeed } from './generator';
+export type { AttentionPart, MergedAttention, MergeOptions } from './merge-attention';
+export { mergeAttention } from './merge-attention';
 export type {
   AttentionOptions,
   AttentionOutputName,

@@ -284,7 +284,7 @@ export interface Call {
   readonly outputs: number;
 }
 
-const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
+export const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
 export const PLACEMENTS: readonly DropoutPlacement[] = ['weights', 'context', 'scores'];
 export const BROADCAST_AXES: readonly DropoutBroadcastAxis[] = ['batch', 'head', 'query'];
 const PRECISIONS: readonly Precision[] = ['highest', 'high', 'medium'];

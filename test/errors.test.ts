@@ -9,6 +9,7 @@ import {
   dropoutMask,
   Generator,
   manualSeed,
+  mergeAttention,
   scaledDotProductAttention,
   scaledDotProductAttentionSync,
   Tensor,
@@ -830,6 +831,80 @@ describe('dropoutMask', () => {
     const call = dropoutMask as (dims: unknown, options: unknown) => Uint8Array;
     check(
       thrownBy(() => call(given, options)),
+      code,
+      message,
+    );
+  });
+});
+
+describe('mergeAttention', () => {
+  const output = floats(2, 4, 3, 6);
+  const lse = floats(2, 4, 3);
+  const good = { output, lse };
+  const half = { data: new Uint16Array(144), dims: output.dims, type: 'float16' };
+  const cases: [string, unknown, unknown, string, string][] = [
+    ['parts undefined', undefined, undefined, TYPE, 'parts … got undefined'],
+    ['parts one part', good, undefined, TYPE, 'parts … an array'],
+    ['no parts', [], undefined, VALUE, 'parts … at least one'],
+    ['a part null', [good, null], undefined, TYPE, 'parts[1] … got null'],
+    ['a part missing', [undefined, good], undefined, TYPE, 'parts[0] … got undefined'],
+    ['no lse', [{ output }], undefined, TYPE, 'parts[0].lse … got undefined'],
+    ['output a typed array', [{ output: output.data, lse }], undefined, TYPE, 'parts[0].output'],
+    ['output of booleans', [{ output: bools(2, 4, 3, 6), lse }], undefined, TYPE, 'bool'],
+    [
+      'lse of another type',
+      [{ output, lse: { data: new Uint16Array(24), dims: lse.dims, type: 'float16' } }],
+      undefined,
+      TYPE,
+      'parts[0].lse … float32 … float16',
+    ],
+    ['outputs of two types', [good, { output: half, lse }], undefined, TYPE, 'parts[1].output'],
+    [
+      'outputs of two shapes',
+      [good, { output: floats(2, 4, 3, 5), lse }],
+      undefined,
+      SHAPE,
+      'parts[1].output … [2, 4, 3, 6] … [2, 4, 3, 5]',
+    ],
+    [
+      'lse of two shapes',
+      [good, { output, lse: floats(2, 4, 2) }],
+      undefined,
+      SHAPE,
+      'parts[1].lse … [2, 4, 3] … [2, 4, 2]',
+    ],
+    [
+      'lse that does not fit',
+      [{ output, lse: floats(2, 3, 4) }],
+      undefined,
+      SHAPE,
+      'parts[0].lse … [2, 4, 3] … [2, 3, 4]',
+    ],
+    [
+      'lse in the order of the other layout',
+      [good],
+      { layout: 'bshd' },
+      SHAPE,
+      'parts[0].lse … [2, 3, 4] … [2, 4, 3]',
+    ],
+    ['a rank of 2', [{ output: floats(3, 6), lse }], undefined, SHAPE, 'parts[0].output … [3, 6]'],
+    [
+      'too few elements',
+      [{ output: { data: new Float32Array(3), dims: output.dims }, lse }],
+      undefined,
+      SHAPE,
+      'parts[0].output.data … 144 … 3',
+    ],
+    ['output disposed', [{ output: disposedTensor(), lse }], undefined, DISPOSED, 'dispose()'],
+    ['an unknown option', [good], { layuot: 'bhsd' }, TYPE, 'did you mean "layout"'],
+    ['another layout', [good], { layout: 'sbhd' }, VALUE, 'layout … got "sbhd"'],
+    ['options null', [good], null, TYPE, 'options … got null'],
+  ];
+
+  test.each(cases)('%s', (_, parts, options, code, message) => {
+    const call = mergeAttention as (parts: unknown, options: unknown) => unknown;
+    check(
+      thrownBy(() => call(parts, options)),
       code,
       message,
     );
