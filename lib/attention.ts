@@ -110,9 +110,15 @@ export interface BackwardOptions {
  * ```
  */
 export interface AttentionResult {
-  /** [B, Hq, Lq, Dv], or [B, Lq, Hq, Dv] in layout `'bshd'`; the query's type */
+  /**
+   * [B, Hq, Lq, Dv], in layout `'bshd'` [B, Lq, Hq, Dv], of a packed batch [totalQ, Hq, Dv]; the
+   * query's type
+   */
   readonly output: Tensor;
-  /** [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys */
+  /**
+   * [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys. Of a packed
+   * batch [Hq, totalQ], as flash-attention has it
+   */
   readonly lse: Tensor;
   /** What decided on dropout; null where no random number was drawn */
   readonly rngState: RngState | null;
@@ -150,7 +156,8 @@ export interface AttentionResult {
  * PyTorch's `scaled_dot_product_attention`, by the blocked online softmax of FlashAttention-2
  * (arXiv 2307.08691).
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -191,7 +198,8 @@ export async function scaledDotProductAttention(
  * event loop waits. For small problems, scripts and workers. `signal` is looked at only at the
  * start.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -229,7 +237,8 @@ export function scaledDotProductAttentionSync(
  * The backward pass recomputes the weights from lse (FlashAttention-2, arXiv 2307.08691); its
  * memory too grows with the lengths, never with their product.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -264,7 +273,8 @@ export async function attentionForward(
 /**
  * As {@link attentionForward}, on the calling thread; throws where that rejects.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -305,6 +315,7 @@ function inputsOf(call: Call): Inputs {
     keepMask: call.keepMask === null ? null : (call.keepMask.data as Uint8Array),
     causalOffsets: call.causalOffsets,
     kvLengths: call.kvLengths,
+    sequences: call.sequences,
   };
 }
 
@@ -328,7 +339,7 @@ function stable(view: TensorView): TensorView {
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
   const { problem, outputs, outputDims } = call;
-  const rows = problem.batch * problem.queryHeads * problem.queryLength;
+  const rows = elementCount('lse', call.lseDims);
   const square = rows * problem.keyLength;
   return {
     output: output ?? allocateFloats(problem.type, elementCount('output', outputDims)),
@@ -409,7 +420,7 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   };
   return {
     output: outputTensor(call, outputs),
-    lse: adoptTensor(FLOAT32, lse, shape.slice(0, 3)),
+    lse: adoptTensor(FLOAT32, lse, [...call.lseDims]),
     rngState: rngStateOf(call),
     backend: backend.name,
     scores: square(outputs.scores),

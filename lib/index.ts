@@ -20,6 +20,7 @@ export type {
   AttentionOptions,
   AttentionOutputName,
   BackendName,
+  CuSeqlens,
   DropoutBroadcastAxis,
   DropoutPlacement,
   Layout,

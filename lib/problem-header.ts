@@ -53,6 +53,15 @@ export interface Problem {
   readonly precision: number;
 }
 
+/**
+ * The sequences of a packed batch, B + 1 running totals each. Tensors are then [totalQ, Hq, D],
+ * [totalK, Hkv, D] and so on, lse is [Hq, totalQ]; the Problem has the largest lengths.
+ */
+export interface Sequences {
+  readonly queryStarts: Int32Array;
+  readonly keyStarts: Int32Array;
+}
+
 /** The arrays that a call reads. Shapes as in the Problem and its layout. */
 export interface Inputs {
   readonly query: FloatArray; // [B, Hq, Lq, D]
@@ -62,6 +71,7 @@ export interface Inputs {
   readonly keepMask: Uint8Array | null; // [B, Hq, Lq, Lk], or [B, Hq, Lq, Dv] for context
   readonly causalOffsets: Int32Array | null; // [B]
   readonly kvLengths: Int32Array | null; // [B], each 0..Lk
+  readonly sequences: Sequences | null; // of a packed batch
 }
 
 /** The arrays that a forward call writes; null where not wanted. */

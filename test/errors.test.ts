@@ -282,7 +282,7 @@ const OPTIONS: Case[] = [
     TYPE,
     '"dropout_p" … did you mean "dropoutP"',
   ],
-  ['an unknown option', option({ cuSeqlens: {} }), TYPE, '"cuSeqlens"'],
+  ['an unknown option', option({ alibiSlopes: [] }), TYPE, '"alibiSlopes"'],
   ['samples, which are none yet', option({ samples: 3 }), TYPE, '"samples"'],
   ['isCausal a number', option({ isCausal: 1 }), TYPE, 'isCausal … a boolean … got 1'],
   ['causalOffset a fraction', option({ causalOffset: 0.5 }), VALUE, 'causalOffset … got 0.5'],
@@ -595,7 +595,122 @@ function sharedValue() {
   return { value: { data, dims: value.dims }, options: { out } };
 }
 
+const PACKED = { query: floats(6, 4, 8), key: floats(10, 2, 8), value: floats(10, 2, 6) };
+const STARTS = { query: Int32Array.of(0, 3, 6), key: Int32Array.of(0, 5, 10) };
+
+/** A packed batch with other starts, and more options. */
+function packed(cuSeqlens: unknown, more: object = {}, tensors: object = {}) {
+  return { ...PACKED, ...tensors, options: { cuSeqlens, ...more } };
+}
+
+const PACKING: Case[] = [
+  ['cuSeqlens an array', packed([0, 3, 6]), TYPE, 'cuSeqlens … a plain object'],
+  ['cuSeqlens null', packed(null), TYPE, 'cuSeqlens … got null'],
+  [
+    'a misspelled name in it',
+    packed({ query: STARTS.query, kye: STARTS.key }),
+    TYPE,
+    'cuSeqlens … "kye" … did you mean "key"',
+  ],
+  ['no key', packed({ query: STARTS.query }), TYPE, 'cuSeqlens.key … got undefined'],
+  ['starts an array', packed({ ...STARTS, query: [0, 6] }), TYPE, 'cuSeqlens.query … Int32Array'],
+  [
+    'one start',
+    packed({ ...STARTS, key: Int32Array.of(0) }),
+    SHAPE,
+    'cuSeqlens.key … B + 1 … got 1',
+  ],
+  [
+    'starts that do not begin at 0',
+    packed({ ...STARTS, query: Int32Array.of(1, 3, 6) }),
+    VALUE,
+    'cuSeqlens.query[0] … 0 … got 1',
+  ],
+  [
+    'starts that fall',
+    packed({ ...STARTS, query: Int32Array.of(0, 7, 6) }),
+    VALUE,
+    'cuSeqlens.query[2] … 7 or more … got 6',
+  ],
+  [
+    'another total',
+    packed({ ...STARTS, key: Int32Array.of(0, 5, 11) }),
+    SHAPE,
+    'cuSeqlens.key[2] … 10 … got 11',
+  ],
+  [
+    'two numbers of sequences',
+    packed({ ...STARTS, key: Int32Array.of(0, 10) }),
+    SHAPE,
+    'cuSeqlens.key … 3 … got 2',
+  ],
+  ['query of rank 4', packed(STARTS, {}, { query }), SHAPE, 'query … 3 axes … [2, 4, 3, 8]'],
+  ['value of rank 2', packed(STARTS, {}, { value: floats(10, 6) }), SHAPE, 'value … [10, 6]'],
+  [
+    'another head dim of a packed key',
+    packed(STARTS, {}, { key: floats(10, 2, 7) }),
+    SHAPE,
+    'key: expected [totalK, Hkv, 8] to match query [6, 4, 8], got [10, 2, 7]',
+  ],
+  [
+    'packed heads that differ',
+    packed(STARTS, { enableGqa: false }),
+    SHAPE,
+    'key: expected [totalK, 4, 8] … got [10, 2, 8]; heads may differ only with enableGqa',
+  ],
+  [
+    'packed heads that do not divide',
+    packed(STARTS, {}, { key: floats(10, 3, 8), value: floats(10, 3, 6) }),
+    SHAPE,
+    'key … 4 … 3',
+  ],
+  [
+    'another total of value',
+    packed(STARTS, {}, { value: floats(9, 2, 6) }),
+    SHAPE,
+    'value: expected [10, 2, Dv] to match key [10, 2, 8], got [9, 2, 6]',
+  ],
+  [
+    'a packed head dim of 513',
+    packed(STARTS, {}, { query: floats(6, 4, 513), key: floats(10, 2, 513) }),
+    UNSUPPORTED,
+    'query … 512 … [6, 4, 513]',
+  ],
+  ['layout bhsd', packed(STARTS, { layout: 'bhsd' }), VALUE, 'layout … cuSeqlens'],
+  ['a mask', packed(STARTS, { attnMask: bools(5) }), UNSUPPORTED, 'attnMask … cuSeqlens'],
+  [
+    'a keepMask',
+    packed(STARTS, { ...dropout, keepMask: bools(2, 4, 3, 5) }),
+    UNSUPPORTED,
+    'keepMask … cuSeqlens',
+  ],
+  [
+    'kvLengths beyond a sequence',
+    packed({ ...STARTS, key: Int32Array.of(0, 2, 10) }, { kvLengths: Int32Array.of(3, 1) }),
+    VALUE,
+    'kvLengths[0] … 0 to 2 … got 3',
+  ],
+  [
+    'kvLengths of another batch',
+    packed(STARTS, { kvLengths: Int32Array.of(3) }),
+    SHAPE,
+    'kvLengths … 2 … got 1',
+  ],
+  [
+    'too few packed elements',
+    packed(STARTS, {}, { query: { data: new Float32Array(7), dims: [6, 4, 8] } }),
+    SHAPE,
+    'query.data … 192 … 7',
+  ],
+];
+
 const FORWARD_ONLY: Case[] = [
+  [
+    'weights of a packed batch',
+    packed(STARTS, { outputs: ['weights'] }),
+    UNSUPPORTED,
+    'outputs … cuSeqlens',
+  ],
   ['outputs a word', option({ outputs: 'weights' }), TYPE, 'outputs … array'],
   [
     'outputs with another word',
@@ -670,6 +785,7 @@ describe.each([
   ['options', OPTIONS],
   ['masks', MASKS],
   ['dropout', DROPOUT],
+  ['packed batches', PACKING],
   ['out', OUT],
 ])('%s', (_, cases) => {
   test.each(cases)('%s', async (_, given, code, message) => {

@@ -63,11 +63,13 @@ describe('native code checks for itself what it reads and writes', () => {
   const internal = expect.objectContaining({ code: 'ERR_SDPA_INTERNAL' });
 
   /**
-   * query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and 2 x 2 x 5 x 6.
+   * No starts; query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and
+   * 2 x 2 x 5 x 6.
    */
   function arrays() {
     const inputs = [new Float32Array(192), new Float32Array(160), new Float32Array(120)];
-    return [...inputs, null, null, null, null, new Float32Array(144), null, null, null, null];
+    const output = new Float32Array(144);
+    return [null, null, ...inputs, null, null, null, null, output, null, null, null, null];
   }
 
   const forwardSync = native.forwardSync as (...values: unknown[]) => void;
@@ -108,8 +110,9 @@ describe('native code checks for itself what it reads and writes', () => {
       3,
       undefined,
     ];
-    for (let i = 0; i < 12; i++) {
-      for (const array of [...wrong, ...(i < 3 || i === 7 ? [null] : [])]) {
+    const needed = [2, 3, 4, 9];
+    for (let i = 0; i < 14; i++) {
+      for (const array of [...wrong, ...(needed.includes(i) ? [null] : [])]) {
         const given: unknown[] = arrays();
         given[i] = array;
         expect(() => call(encodeProblem(problem), portable, given), `array ${i}`).toThrow(internal);
@@ -122,9 +125,43 @@ describe('native code checks for itself what it reads and writes', () => {
     );
   });
 
+  describe('a packed batch', () => {
+    const LAYOUT_BSHD = 1;
+    const packed = { ...problem, layout: LAYOUT_BSHD };
+    const starts = [Int32Array.of(0, 3, 6), Int32Array.of(0, 5, 10)];
+    const given = (query: unknown = starts[0], key: unknown = starts[1]) => {
+      return [query, key, ...arrays().slice(2)];
+    };
+    const at = (i: number, array: unknown) => {
+      return given().map((other, j) => (i === j ? array : other));
+    };
+
+    test('runs', () => {
+      expect(call(encodeProblem(packed), portable, given())).toBeUndefined();
+    });
+
+    const wrong: [string, Problem, unknown[]][] = [
+      ['starts without the other', packed, given(starts[0], null)],
+      ['starts not from 0', packed, given(Int32Array.of(1, 3, 6))],
+      ['starts that fall', packed, given(Int32Array.of(0, 7, 6))],
+      ['a negative start', packed, given(Int32Array.of(0, -3, 6))],
+      ['another total', packed, given(starts[0], Int32Array.of(0, 5, 9))],
+      ['a sequence longer than the longest', packed, given(starts[0], Int32Array.of(0, 4, 10))],
+      ['another number of sequences', packed, given(starts[0], Int32Array.of(0, 10))],
+      ['the other layout', problem, given()],
+      ['a mask', { ...packed, maskType: 1 }, at(5, new Uint8Array(1))],
+      ['a keep mask', packed, at(6, new Uint8Array(120))],
+      ['key lengths beyond a sequence', packed, at(8, Int32Array.of(6, 5))],
+      ['scores', packed, at(11, new Float32Array(120))],
+    ];
+    test.each(wrong)('%s is refused', (_, header, arrays) => {
+      expect(() => call(encodeProblem(header), portable, arrays)).toThrow(internal);
+    });
+  });
+
   /** A mask where the header says that there is none. */
   function withMask() {
-    return arrays().map((array, i) => (i === 3 ? new Uint16Array(4) : array));
+    return arrays().map((array, i) => (i === 5 ? new Uint16Array(4) : array));
   }
 });
 

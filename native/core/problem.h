@@ -100,6 +100,9 @@ constexpr double multiply_adds(const Problem& p) {
          (p.head_dim + p.value_dim);
 }
 
+/// A call of more multiply-adds than this is worth waking other threads for: about 20 microseconds.
+constexpr double kWorthSharing = 1e6;
+
 /// Where row `position` of head `head` of batch entry `b` starts, in elements.
 constexpr size_t row_offset(Layout layout, size_t heads, size_t length, size_t width, size_t b,
                             size_t head, size_t position) {

@@ -17,8 +17,7 @@ struct Call {
   Dropout dropout;
 };
 
-/// Whether a problem is large enough to wake other threads for: about 20 microseconds of work.
-inline bool worth_sharing(const Problem& p) { return multiply_adds(p) > 1e6; }
+inline bool worth_sharing(const Problem& p) { return multiply_adds(p) > kWorthSharing; }
 
 // ------------------------------------------------------------------------------------ functions
 
