@@ -193,6 +193,23 @@ export async function scaledDotProductAttention(
   return outputTensor(call, await forward(withStableInputs(call), false));
 }
 
+/** Output and lse of a resolved call, beside the event loop. */
+export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, await forward(withStableInputs(call), true));
+}
+
+/** As {@link runForward}, on the calling thread. */
+export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, forwardSync(call, true));
+}
+
+function outputAndLse(call: Call, outputs: ForwardOutputs) {
+  const lse = adoptTensor(FLOAT32, outputs.lse as Float32Array, [...call.lseDims]);
+  return { output: outputTensor(call, outputs), lse };
+}
+
 /**
  * As {@link scaledDotProductAttention}, on the calling thread (and helpers where that pays): the
  * event loop waits. For small problems, scripts and workers. `signal` is looked at only at the
@@ -316,6 +333,7 @@ function inputsOf(call: Call): Inputs {
     causalOffsets: call.causalOffsets,
     kvLengths: call.kvLengths,
     sequences: call.sequences,
+    keyBlocks: call.keyBlocks,
   };
 }
 

@@ -15,6 +15,7 @@ type ArrayOrNull = Float32Array | Uint16Array | Uint8Array | Int32Array | null;
 type ForwardArrays = [
   queryStarts: ArrayOrNull,
   keyStarts: ArrayOrNull,
+  keyBlocks: ArrayOrNull,
   query: ArrayOrNull,
   key: ArrayOrNull,
   value: ArrayOrNull,
@@ -33,6 +34,7 @@ type ForwardArrays = [
 type BackwardArrays = [
   queryStarts: ArrayOrNull,
   keyStarts: ArrayOrNull,
+  keyBlocks: ArrayOrNull,
   query: ArrayOrNull,
   key: ArrayOrNull,
   value: ArrayOrNull,

@@ -47,7 +47,7 @@ class ForwardPass {
   ) {
     const p = problem;
     this.tile = new ScoreTile(p, inputs, false);
-    this.storedValue = StoredTensor.ofKeys(p, inputs.value, p.valueDim);
+    this.storedValue = StoredTensor.ofKeys(p, inputs.value, p.valueDim, inputs.keyBlocks);
     this.storedOutput = StoredTensor.ofQueries(p, outputs.output, p.valueDim);
     this.value = scratchMatrix(KEY_BLOCK, p.valueDim);
     this.context = scratchMatrix(QUERY_BLOCK, p.valueDim);

@@ -310,6 +310,7 @@ export interface Call {
   readonly causalOffsets: Int32Array | null;
   readonly kvLengths: Int32Array | null;
   readonly sequences: Sequences | null;
+  readonly keyBlocks: Int32Array | null;
   readonly outputDims: readonly number[];
   readonly lseDims: readonly number[];
   /** The caller's tensor for the output, and its elements */
@@ -452,6 +453,7 @@ export function resolveCall(
     causalOffsets,
     kvLengths,
     sequences,
+    keyBlocks: null,
     outputDims,
     lseDims: lseShape(problem, sequences),
     out: out as Tensor | undefined,
@@ -459,6 +461,106 @@ export function resolveCall(
     signal,
     outputs,
   };
+}
+
+/** The keys and values that a cache gives to a call. */
+export interface CachedKeys {
+  /** [blocks, Hkv, blockLength, D] and [blocks, Hkv, blockLength, Dv] */
+  readonly key: TensorView;
+  readonly value: TensorView;
+  /** [B, n]: the blocks of each batch entry */
+  readonly blocks: Int32Array;
+  /** [B] */
+  readonly lengths: Int32Array;
+}
+
+/**
+ * As {@link resolveCall}, for queries at the end of what a cache holds: causal by default, with the
+ * diagonal of `'bottom-right'`, each sequence by its own length. `gather` says what is in the cache
+ * and comes after all code of the caller's.
+ */
+export function resolveCachedCall(
+  queryLike: unknown,
+  options: AttentionOptions,
+  gather: () => CachedKeys,
+): Call {
+  const copy = copyOptions(options);
+  const { isCausal = true, causalOffset = 'bottom-right' } = copy;
+  const given: Given = { ...copy, isCausal, causalOffset };
+  const query = readTensor('query', queryLike);
+  const problem = newProblem();
+  problem.layout = checkWord('layout', given.layout, LAYOUTS);
+  problem.precision = checkWord('precision', given.precision, PRECISIONS);
+  const { key, value, blocks, lengths } = gather();
+  resolveCachedShapes(problem, query, key, value, lengths);
+  resolveScores(problem, given);
+  const causalOffsets = resolveVisibility(problem, given, null);
+  resolveShard(problem, given);
+  const isDropping = resolveDropout(problem, given, null);
+  const signal = checkSignal('signal', given.signal);
+  const backend = selectBackend(given.backend);
+  checkLength('query', query);
+  const outputDims = outputShape(problem, null);
+  const { out } = given;
+  const outData = out === undefined ? null : readOut(out, problem, outputDims, [query]);
+  resolveSeed(problem, given, isDropping);
+  const ends =
+    given.causalOffset === 'bottom-right'
+      ? lengths.map((length) => length - problem.queryLength)
+      : causalOffsets;
+  return {
+    problem: Object.freeze(problem),
+    backend,
+    query,
+    key,
+    value,
+    mask: null,
+    keepMask: null,
+    causalOffsets: ends,
+    kvLengths: lengths,
+    sequences: null,
+    keyBlocks: blocks,
+    outputDims,
+    lseDims: lseShape(problem, null),
+    out: out as Tensor | undefined,
+    outData,
+    signal,
+    outputs: 0,
+  };
+}
+
+/** Sizes from the query's shape and what the cache has. */
+function resolveCachedShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  lengths: Int32Array,
+): void {
+  checkRank(problem, 'query', query);
+  if (query.type === BOOL || (query.type !== FLOAT32 && query.type !== key.type)) {
+    const own = key.type === FLOAT32 ? '' : ` or ${TYPE_NAMES[key.type]}`;
+    throw invalidType('query', `float32${own} elements`, TYPE_NAMES[query.type]);
+  }
+  const [, kvHeads, blockLength, headDim] = key.dims;
+  const [batch, first, second, width] = query.dims;
+  const [heads, length] = problem.layout === BSHD ? [second, first] : [first, second];
+  if (batch !== lengths.length || width !== headDim || heads % kvHeads !== 0) {
+    const shape = problem.layout === BSHD ? ['Lq', 'Hq'] : ['Hq', 'Lq'];
+    const expected = formatShape([lengths.length, ...shape, headDim]);
+    const words = `${expected}, Hq a multiple of the cache's ${kvHeads} heads`;
+    throw shapeMismatch('query', words, formatShape(query.dims));
+  }
+  problem.type = query.type;
+  problem.keyType = key.type;
+  problem.keyBlockLength = blockLength;
+  problem.batch = batch;
+  problem.queryHeads = heads;
+  problem.kvHeads = kvHeads;
+  problem.queryLength = length;
+  problem.keyLength = lengths.reduce((most, n) => Math.max(most, n), 1);
+  problem.headDim = headDim;
+  problem.valueDim = value.dims[3];
 }
 
 /** A Problem of size 0 with every option at its default. */
@@ -473,6 +575,8 @@ export function newProblem(): Draft {
     valueDim: 0,
     layout: 0,
     type: FLOAT32,
+    keyType: FLOAT32,
+    keyBlockLength: 0,
     maskType: MASK_NONE,
     maskBatch: 1,
     maskHeads: 1,
@@ -507,6 +611,7 @@ function resolveTypes(problem: Draft, query: TensorView, key: TensorView, value:
   if (key.type !== query.type) throw wrongType('key', query, key);
   if (value.type !== query.type) throw wrongType('value', query, value);
   problem.type = query.type;
+  problem.keyType = key.type;
 }
 
 function wrongType(argument: string, query: TensorView, other: TensorView): Error {

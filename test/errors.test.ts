@@ -8,6 +8,8 @@ import {
   attentionForwardSync,
   dropoutMask,
   Generator,
+  KVCache,
+  KVCachePool,
   manualSeed,
   mergeAttention,
   scaledDotProductAttention,
@@ -1024,6 +1026,226 @@ describe('mergeAttention', () => {
       code,
       message,
     );
+  });
+});
+
+describe('key/value caches', () => {
+  const shape = { kvHeads: 2, headDim: 8, valueDim: 6 };
+  const pool = new KVCachePool({ ...shape, blocks: 2 });
+  const make = (options: unknown) => () => new KVCache(options as never);
+  const makePool = (options: unknown) => () => new KVCachePool(options as never);
+  const constructed: [string, () => unknown, string, string][] = [
+    ['no options', make(undefined), TYPE, 'options … got undefined'],
+    ['a misspelled option', make({ ...shape, maxLenght: 8 }), TYPE, 'did you mean "maxLength"'],
+    ['no maxLength', make(shape), TYPE, 'maxLength … got undefined'],
+    ['no kvHeads', make({ headDim: 8, maxLength: 8 }), TYPE, 'kvHeads … got undefined'],
+    ['no headDim', make({ kvHeads: 2, maxLength: 8 }), TYPE, 'headDim … got undefined'],
+    ['batch 0', make({ ...shape, maxLength: 8, batch: 0 }), VALUE, 'batch … got 0'],
+    ['maxLength a fraction', make({ ...shape, maxLength: 0.5 }), VALUE, 'maxLength … got 0.5'],
+    ['a headDim of 513', make({ kvHeads: 1, headDim: 513, maxLength: 8 }), UNSUPPORTED, 'headDim'],
+    [
+      'a type of integers',
+      make({ ...shape, maxLength: 8, type: 'int8' }),
+      VALUE,
+      'type … got "int8"',
+    ],
+    ['a pool an object', make({ pool: {} }), TYPE, 'pool … a KVCachePool'],
+    ['a shape beside a pool', make({ pool, headDim: 8 }), VALUE, 'headDim … pool'],
+    ['on a GPU', make({ ...shape, maxLength: 8, device: 'cuda' }), UNAVAILABLE, 'no CUDA backend'],
+    ['on a device', make({ ...shape, maxLength: 8, device: 'cpo' }), VALUE, 'did you mean "cpu"'],
+    [
+      'blocks beyond all numbers',
+      make({ ...shape, batch: 2 ** 20, maxLength: 2 ** 20 }),
+      VALUE,
+      'maxLength … blocks',
+    ],
+    [
+      'more memory than an array may have',
+      make({ ...shape, headDim: 512, batch: 2 ** 12, maxLength: 2 ** 20 }),
+      'ERR_SDPA_OUT_OF_MEMORY',
+      'memory',
+    ],
+    ['a pool without blocks', makePool(shape), TYPE, 'blocks … got undefined'],
+    ['a pool of 0 blocks', makePool({ ...shape, blocks: 0 }), VALUE, 'blocks … got 0'],
+    [
+      'blocks of no whole tile',
+      makePool({ ...shape, blocks: 1, blockLength: 65 }),
+      VALUE,
+      'blockLength … a multiple of 64 … got 65',
+    ],
+    [
+      'an unknown option of a pool',
+      makePool({ ...shape, block: 1 }),
+      TYPE,
+      'did you mean "blocks"',
+    ],
+  ];
+  test.each(constructed)('%s', (_, work, code, message) => check(thrownBy(work), code, message));
+
+  const cacheKey = floats(2, 2, 3, 8);
+  const cacheValue = floats(2, 2, 3, 6);
+  const appended: [string, unknown[], string, string][] = [
+    ['key undefined', [undefined, cacheValue], TYPE, 'key … got undefined'],
+    ['value an array', [cacheKey, [1]], TYPE, 'value'],
+    ['key of booleans', [bools(2, 2, 3, 8), cacheValue], TYPE, 'key … float32 … bool'],
+    [
+      'value of another type',
+      [cacheKey, holding(cacheValue, new Uint16Array(72), 'float16')],
+      TYPE,
+      'value … float32 … float16',
+    ],
+    ['key of another batch', [floats(1, 2, 3, 8), cacheValue], SHAPE, 'key … [2, 2, L, 8] … [1, '],
+    ['key of rank 3', [floats(2, 3, 8), cacheValue], SHAPE, 'key … [2, 2, L, 8] … [2, 3, 8]'],
+    ['key in the other layout', [floats(2, 3, 2, 8), cacheValue], SHAPE, 'key … [2, 3, 2, 8]'],
+    [
+      'value of another length',
+      [cacheKey, floats(2, 2, 4, 6)],
+      SHAPE,
+      'value … [2, 2, 3, 6] to match key … [2, 2, 4, 6]',
+    ],
+    [
+      'too few elements',
+      [holding(cacheKey, new Float32Array(5)), cacheValue],
+      SHAPE,
+      'key.data … 96 … 5',
+    ],
+    [
+      'value detached',
+      [cacheKey, { data: detachedArray(72), dims: cacheValue.dims }],
+      TYPE,
+      'value.data … detached',
+    ],
+    ['an unknown option', [cacheKey, cacheValue, { seqs: [0] }], TYPE, 'option "seqs"'],
+    ['sequences a number', [cacheKey, cacheValue, { sequences: 2 }], TYPE, 'sequences … got 2'],
+    ['no sequences', [cacheKey, cacheValue, { sequences: [] }], VALUE, 'sequences … at least one'],
+    ['a sequence twice', [cacheKey, cacheValue, { sequences: [1, 1] }], VALUE, 'sequences … once'],
+    [
+      'a sequence that there is not',
+      [cacheKey, cacheValue, { sequences: [0, 2] }],
+      VALUE,
+      'sequences[1] … 0 to 1 … got 2',
+    ],
+    ['lengths a number', [cacheKey, cacheValue, { lengths: 2 }], TYPE, 'lengths … got 2'],
+    ['one length', [cacheKey, cacheValue, { lengths: [2] }], SHAPE, 'lengths … 2 … got 1'],
+    [
+      'a length beyond the rows',
+      [cacheKey, cacheValue, { lengths: [2, 4] }],
+      VALUE,
+      'lengths[1] … 0 to 3 … got 4',
+    ],
+    ['another layout', [cacheKey, cacheValue, { layout: 'hbsd' }], VALUE, 'layout … got "hbsd"'],
+  ];
+  test.each(appended)('append: %s', (_, given, code, message) => {
+    const cache = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+    const append = cache.append.bind(cache) as (...args: unknown[]) => void;
+    check(
+      thrownBy(() => append(...given)),
+      code,
+      message,
+    );
+    expect([...cache.lengths]).toEqual([0, 0]);
+  });
+
+  test('append: beyond maxLength, nothing is stored', () => {
+    const cache = new KVCache({ ...shape, batch: 2, maxLength: 4 });
+    cache.append(cacheKey, cacheValue, { lengths: [1, 2] });
+    const append = () => cache.append(cacheKey, cacheValue);
+    check(thrownBy(append), VALUE, 'append … at most 2 … sequence 1 … maxLength is 4, got 3');
+    expect([...cache.lengths]).toEqual([1, 2]);
+  });
+
+  const cache = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+  const good = floats(2, 4, 3, 8);
+  const asked: [string, unknown, unknown, string, string][] = [
+    ['query a number', 3, undefined, TYPE, 'query … got 3'],
+    [
+      'query of another type',
+      holding(good, new Uint16Array(192), 'float16'),
+      undefined,
+      TYPE,
+      'query … float32 … float16',
+    ],
+    ['query of rank 3', floats(4, 3, 8), undefined, SHAPE, 'query … [4, 3, 8]'],
+    [
+      'query of another batch',
+      floats(1, 4, 3, 8),
+      undefined,
+      SHAPE,
+      'query … [2, Hq, Lq, 8] … [1,',
+    ],
+    ['heads that do not divide', floats(2, 3, 3, 8), undefined, SHAPE, 'query … a multiple … 2'],
+    ['another head dim', floats(2, 4, 3, 7), undefined, SHAPE, 'query … [2, 4, 3, 7]'],
+    ['too few elements', holding(good, new Float32Array(1)), undefined, SHAPE, 'query.data … 192'],
+    ['a mask', good, { attnMask: bools(1) }, TYPE, 'unknown option "attnMask"'],
+    ['options a number', good, 3, TYPE, 'options … got 3'],
+    ['isCausal a number', good, { isCausal: 1 }, TYPE, 'isCausal … got 1'],
+    ['isCausal null', good, { isCausal: null }, TYPE, 'isCausal … got null'],
+    ['an offset for each of 3', good, { causalOffset: [1, 2, 3] }, SHAPE, 'causalOffset … 2 … 3'],
+    ['a sequence that there is not', good, { sequences: [0, -1] }, VALUE, 'sequences[1] … got -1'],
+    ['dropout without training', good, { dropoutP: 0.5 }, TYPE, 'training … dropoutP'],
+    ['another backend', good, { backend: 'cpx' }, VALUE, 'backend … did you mean "cpu"'],
+    [
+      'out of another shape',
+      good,
+      { out: new Tensor('float32', good.data, good.dims) },
+      SHAPE,
+      'out … [2, 4, 3, 6]',
+    ],
+  ];
+  test.each(asked)('attend: %s', async (_, given, options, code, message) => {
+    const attend = cache.attend.bind(cache) as (...args: unknown[]) => Promise<unknown>;
+    const attendSync = cache.attendSync.bind(cache) as (...args: unknown[]) => unknown;
+    check(
+      thrownBy(() => attendSync(given, options)),
+      code,
+      message,
+    );
+    check(await attend(given, options).catch((reason: unknown) => reason), code, message);
+  });
+
+  test('truncate and fork', () => {
+    check(
+      thrownBy(() => cache.truncate(-1)),
+      VALUE,
+      'length … got -1',
+    );
+    check(
+      thrownBy(() => cache.truncate(0, { sequences: [5] })),
+      VALUE,
+      'sequences[0] … got 5',
+    );
+    check(
+      thrownBy(() => cache.fork(0, 0)),
+      VALUE,
+      'to … another',
+    );
+    check(
+      thrownBy(() => cache.fork(2, 0)),
+      VALUE,
+      'from … got 2',
+    );
+  });
+
+  test('after dispose', async () => {
+    const gone = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+    gone.dispose();
+    gone.dispose();
+    const orphan = new KVCache({ batch: 2, pool });
+    orphan.append(cacheKey, cacheValue);
+    pool.dispose();
+    for (const used of [gone, orphan]) {
+      const uses = [
+        () => used.append(cacheKey, cacheValue),
+        () => used.attendSync(good),
+        () => used.truncate(0),
+        () => used.fork(0, 1),
+      ];
+      for (const use of uses) check(thrownBy(use), DISPOSED, 'dispose()');
+      check(await used.attend(good).catch((reason: unknown) => reason), DISPOSED, 'dispose()');
+    }
+    check(thrownBy(make({ pool })), DISPOSED, 'KVCachePool: used after dispose()');
+    expect(pool.freeBlocks).toBe(0);
+    orphan.dispose();
   });
 });
 

@@ -111,7 +111,10 @@ bool is_sound(const Problem& p) {
       p.mask_type == MaskType::none ||
       (is_one_or(p.mask_batch, p.batch) && is_one_or(p.mask_heads, p.query_heads) &&
        is_one_or(p.mask_queries, p.query_length) && is_one_or(p.mask_keys, p.key_length));
-  return sizes && mask && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
+  const bool keys = p.key_block_length == 0
+                        ? p.key_type == p.type
+                        : p.key_block_length % kKeyBlockUnit == 0 && p.key_block_length <= most;
+  return sizes && mask && keys && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
          p.window_right >= -1;
 }
 
@@ -141,6 +144,14 @@ class ArrayReader {
   ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
 
   Napi::Env env() const { return env_; }
+
+  /// How many times `of` the length of the next array is; 0 where that is no whole number.
+  uint64_t peek_count(uint64_t of) const {
+    size_t length = 0;
+    const napi_status status =
+        napi_get_typedarray_info(env_, *next_, nullptr, &length, nullptr, nullptr, nullptr);
+    return status == napi_ok && of != 0 && length % of == 0 ? length / of : 0;
+  }
 
   /// The elements of a tensor [a, b, c, d]; null where the argument is null and may be.
   void* tensor(napi_typedarray_type type, bool optional, uint64_t a, uint64_t b = 1, uint64_t c = 1,
@@ -203,7 +214,8 @@ struct CallArguments {
   BackwardTensors tensors{};
   bool is_backward;
   Sequences sequences;
-  std::vector<int32_t> query_starts, key_starts, causal_offsets, kv_lengths;
+  uint64_t block_count = 0;  // of a cache
+  std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
 
   CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
       : problem(read_problem(env, values[0])), is_backward(is_backward) {
@@ -241,24 +253,45 @@ struct CallArguments {
     if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
     return {problem.batch, problem.query_length};
   }
+  /// In a cache, a block is an entry of its own.
   Extent keys() const {
+    if (!key_blocks.empty()) return {block_count, problem.key_block_length};
     if (!key_starts.empty()) return {1, uint64_t(key_starts.back())};
     return {problem.batch, problem.key_length};
   }
 
-  /// The entries of a packed batch.
+  /// The entries of a packed batch, or of a cache.
   void read_sequences(Napi::Env env, ArrayReader& reader) {
     const size_t totals = size_t{problem.batch} + 1;
     sequences.query_starts = copy_integers(reader, totals, query_starts);
     sequences.key_starts = copy_integers(reader, totals, key_starts);
-    if (query_starts.empty() != key_starts.empty()) fail(env, "starts: one without the other");
+    sequences.table_width = reader.peek_count(problem.batch);
+    sequences.key_blocks = copy_integers(reader, problem.batch * sequences.table_width, key_blocks);
+    const bool is_packed = !query_starts.empty(), is_cache = !key_blocks.empty();
+    if (is_packed == key_starts.empty()) fail(env, "starts: one without the other");
+    if (is_cache != (problem.key_block_length > 0) || (is_cache && (is_packed || is_backward))) {
+      fail(env, "keyBlocks: not those of a cache");
+    }
     if (!sequences.any()) return;
+    if (problem.mask_type != MaskType::none) fail(env, "sequences have no mask");
+    if (!is_packed) return;
     if (!are_totals(query_starts, problem.query_length) ||
         !are_totals(key_starts, problem.key_length)) {
       fail(env, "starts: not the running totals of the stated lengths");
     }
-    if (problem.layout != Layout::bshd || problem.mask_type != MaskType::none) {
-      fail(env, "a packed batch is in the layout bshd and has no mask");
+    if (problem.layout != Layout::bshd) fail(env, "a packed batch is in the layout bshd");
+  }
+
+  /// Every key that an entry has must be in a block that there is.
+  void check_blocks(Napi::Env env) const {
+    if (key_blocks.empty()) return;
+    if (kv_lengths.empty()) fail(env, "kvLengths: a cache has them");
+    for (const int32_t block : key_blocks) {
+      if (block < 0 || uint64_t(block) >= block_count) fail(env, "keyBlocks: out of range");
+    }
+    const uint64_t most = sequences.table_width * uint64_t{problem.key_block_length};
+    for (const int32_t length : kv_lengths) {
+      if (uint64_t(length) > most) fail(env, "keyBlocks: too few");
     }
   }
 
@@ -273,10 +306,15 @@ struct CallArguments {
   void read_inputs(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
     const napi_typedarray_type type = array_type(p.type);
-    const Extent q = queries(), k = keys();
+    const napi_typedarray_type key_type = array_type(p.key_type);
+    const Extent q = queries();
     inputs.query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
-    inputs.key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
-    inputs.value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);
+    if (!key_blocks.empty()) {
+      block_count = reader.peek_count(uint64_t{p.kv_heads} * p.key_block_length * p.head_dim);
+    }
+    const Extent k = keys();
+    inputs.key = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.head_dim);
+    inputs.value = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.value_dim);
     inputs.mask = reader.tensor(array_type(p.mask_type), p.mask_type == MaskType::none,
                                 p.mask_batch, p.mask_heads, p.mask_queries, p.mask_keys);
     const bool context = p.dropout_placement == Placement::context;
@@ -291,6 +329,7 @@ struct CallArguments {
           key_starts.empty() ? int32_t(p.key_length) : key_starts[b + 1] - key_starts[b];
       if (kv_lengths[b] < 0 || kv_lengths[b] > most) fail(env, "kvLengths: out of range");
     }
+    check_blocks(env);
   }
 
   const int32_t* copy_integers(ArrayReader& reader, size_t count, std::vector<int32_t>& to) {
@@ -341,7 +380,7 @@ struct CallArguments {
   }
 };
 
-constexpr size_t kForwardArguments = 16, kBackwardArguments = 18;
+constexpr size_t kForwardArguments = 17, kBackwardArguments = 19;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 

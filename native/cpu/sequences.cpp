@@ -45,18 +45,30 @@ Entry entry_of(const Sequences& s, const Problem& p, const Inputs& inputs, uint3
   Entry e{p, inputs, 0, 0, 0, 0};
   e.problem.batch = 1;
   e.problem.batch_offset = p.batch_offset + b;
-  e.problem.query_length = uint32_t(s.query_starts[b + 1] - s.query_starts[b]);
-  e.problem.key_length = uint32_t(s.key_starts[b + 1] - s.key_starts[b]);
   if (inputs.causal_offsets) e.problem.causal_offset = inputs.causal_offsets[b];
   e.inputs.causal_offsets = nullptr;
-  if (inputs.kv_lengths) e.inputs.kv_lengths = inputs.kv_lengths + b;
-  e.query_rows = size_t(s.query_starts[b]) * p.query_heads;
-  e.key_rows = size_t(s.key_starts[b]) * p.kv_heads;
+  if (s.query_starts) {
+    e.problem.query_length = uint32_t(s.query_starts[b + 1] - s.query_starts[b]);
+    e.query_rows = size_t(s.query_starts[b]) * p.query_heads;
+    e.lse_first = size_t(s.query_starts[b]);
+    e.lse_stride = size_t(s.query_starts[p.batch]);
+  } else {
+    e.query_rows = b * e.queries();
+    e.lse_first = e.query_rows;
+    e.lse_stride = p.query_length;
+  }
   e.inputs.query = skip(p, inputs.query, e.query_rows, p.head_dim);
+  if (s.key_blocks) {
+    e.inputs.key_blocks = s.key_blocks + b * s.table_width;
+    e.problem.key_length = uint32_t(inputs.kv_lengths[b]);
+    e.inputs.kv_lengths = nullptr;
+    return e;
+  }
+  e.problem.key_length = uint32_t(s.key_starts[b + 1] - s.key_starts[b]);
+  if (inputs.kv_lengths) e.inputs.kv_lengths = inputs.kv_lengths + b;
+  e.key_rows = size_t(s.key_starts[b]) * p.kv_heads;
   e.inputs.key = skip(p, inputs.key, e.key_rows, p.head_dim);
   e.inputs.value = skip(p, inputs.value, e.key_rows, p.value_dim);
-  e.lse_first = size_t(s.query_starts[b]);
-  e.lse_stride = size_t(s.query_starts[p.batch]);
   return e;
 }
 
