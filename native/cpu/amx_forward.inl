@@ -334,24 +334,25 @@ struct AmxForwardWork final : ParallelWork {
 /// `Steps`: those of head_dim and value_dim if they are the same and known to the compiler, else 0.
 template <int Steps, int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_scores(const AmxForwardWork<Terms>& w,
-                                                           const BlockTile& t, float* scores,
-                                                           Work& work) {
+                                                           TileSums& sums, const BlockTile& t,
+                                                           float* scores, Work& work) {
   const uint8_t* keys = w.packed.keys(t.block->head, t.number());
   const size_t steps = Steps ? Steps : steps_of(w.call.problem.head_dim);
   for (int half = 0; half < 2; ++half, keys += w.packed.layout.key_bytes / 2) {
-    multiply_packed<Terms>(keys, t.block->queries, steps, t.block->sum.minus_max, 0,
+    multiply_packed<Terms>(sums, keys, t.block->queries, steps, t.block->sum.minus_max, 0,
                            scores + half * 2 * kTileSide * kQueryBlock, kQueryBlock, work);
   }
 }
 
 template <int Steps, int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_values(const AmxForwardWork<Terms>& w,
-                                                           const BlockTile& t,
+                                                           TileSums& sums, const BlockTile& t,
                                                            const uint8_t* weights, Work& work) {
   const uint8_t* values = w.packed.values(t.block->head, t.number());
   float* context = t.block->sum.context;
   for (size_t s = 0; s < (Steps ? Steps : steps_of(w.call.problem.value_dim)); ++s) {
-    multiply_packed<Terms>(values, weights, 2, context, kQueryBlock, context, kQueryBlock, work);
+    multiply_packed<Terms>(sums, values, weights, 2, context, kQueryBlock, context, kQueryBlock,
+                           work);
     values += 2 * Terms * kPairBytes;
     context += kStepDepth * kQueryBlock;
   }
@@ -426,17 +427,18 @@ inline KeyRange seen_by_all(const QueryBlock& q) {
 
 /// Adds the values of the tile whose weights are waiting.
 template <int Terms>
-inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, BlockTile& waiting) {
+inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                         BlockTile& waiting) {
   NoWork none;
-  if (waiting.block) multiply_values<0>(w, waiting, f.weights[waiting.side], none);
+  if (waiting.block) multiply_values<0>(w, sums, waiting, f.weights[waiting.side], none);
   waiting.block = nullptr;
 }
 
 /// Gives every lane that sees a key of the tile a maximum that fits its scores, which are relative
 /// to the maximum so far.
 template <int Terms>
-inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
-                           BlockTile& waiting) {
+inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                           const BlockTile& t, BlockTile& waiting) {
   AmxBlock& k = *t.block;
   for (int v = 0; v < kQueryVectors; ++v) {
     float* const column = f.scores[t.side] + v * kLanes;
@@ -448,7 +450,8 @@ inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
     k.unset[v] &= Mask(~seen);
     Floats by = broadcast(0.0f);
     if (any(raised)) {
-      if (waiting.block == &k) flush_values(w, f, waiting);  // under the old maximum
+      if (waiting.block == &k) flush_values(w, f, sums, waiting);  // under the old maximum
+      sums.store();
       raise_maximum<Terms>(k.sum, w.call.problem.value_dim, v, raised, top);
       by = select(raised, top, by);
     }
@@ -464,8 +467,8 @@ inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
 
 /// Applies the rules to the scores of a tile, unless it needs none.
 template <int Terms>
-inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
-                           BlockTile& waiting) {
+inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                           const BlockTile& t, BlockTile& waiting) {
   const AmxBlock& k = *t.block;
   if (!any(k.unset[0] | k.unset[1]) && is_plain(w.call, k.all, t.tile)) return;
   float* const scores = f.scores[t.side];
@@ -477,7 +480,7 @@ inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
   for (int i = 0; capped && i < kKeyBlock * kQueryBlock; i += kLanes) {
     store(scores + i, add(load(scores + i), load(k.sum.minus_max + i % kQueryBlock)));
   }
-  settle_maximum(w, f, t, waiting);
+  settle_maximum(w, f, sums, t, waiting);
 }
 
 /// Whether decisions of `weights` dropout are drawn on the way from scores to weights.
@@ -532,11 +535,12 @@ inline bool too_large(const Floats* sums) {
 
 // ------------------------------------------------------------------------------------- the pass
 
-/// Packs rows of queries, times `factor`, as operand B.
+/// Packs rows of queries, times the scale and log2(e), as operand B. By two products as in the
+/// backward pass: one factor, rounded, would shift all scores, and large ones by much.
 template <int Terms>
-inline void pack_queries(const Rows& rows, uint32_t count, float factor, float* copy, uint8_t* to) {
+inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* copy, uint8_t* to) {
   alignas(64) float channels[kTileSide * kTileSide];
-  const Floats by = broadcast(factor);
+  const Floats by = broadcast(scale), log2e = broadcast(kLog2E);
   size_t stride;
   const float* const from = whole_steps(rows, int(count), kQueryBlock, copy, stride);
   for (size_t c = 0; c < whole(rows.width); c += kTileSide) {
@@ -546,7 +550,8 @@ inline void pack_queries(const Rows& rows, uint32_t count, float factor, float* 
                                c % kStepDepth / 2 * sizeof(Words);
       for (int pair = 0; pair < kTileSide / 2; ++pair) {
         const float* const even = channels + 2 * pair * kTileSide;
-        split_pair<Terms>(mul(load(even), by), mul(load(even + kTileSide), by),
+        split_pair<Terms>(mul(mul(load(even), by), log2e),
+                          mul(mul(load(even + kTileSide), by), log2e),
                           operand + pair * sizeof(Words));
       }
     }
@@ -629,8 +634,8 @@ class BlockStream {
         k.unset[v] = equal(load(k.sum.sums + v * kLanes), broadcast(0.0f));
       }
       k.queries = f_.queries[slot];
-      pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count,
-                          p_.scale * kLog2E, f_.rows, k.queries);
+      pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count, p_.scale,
+                          f_.rows, k.queries);
       if (draws_on_the_way(w_.call)) k.dropout.start_block(w_.call, k.q);
       slot_ = slot;
       block_ = &k;
@@ -671,16 +676,23 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
   NoWork none;
   BlockStream<Terms> blocks(w, cursor, f);
   BlockTile waiting, now = blocks.next_tile();
-  if (now.block) multiply_scores<Steps>(w, now, f.scores[now.side], none);
+  TileSums sums;
+  if (now.block) multiply_scores<Steps>(w, sums, now, f.scores[now.side], none);
+  sums.store();
   while (now.block) {
     const BlockTile next = blocks.next_tile();
-    prepare_scores(w, f, now, waiting);
+    prepare_scores(w, f, sums, now, waiting);
     SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
-    if (next.block) multiply_scores<Steps>(w, next, f.scores[next.side], softmax);
-    if (waiting.block) multiply_values<Steps>(w, waiting, f.weights[waiting.side], softmax);
+    if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
+    if (waiting.block) {
+      multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], softmax);
+    } else {
+      sums.store();  // the scores, which come next
+    }
     softmax.finish();
     const RunningRows& sum = now.block->sum;
     if (__builtin_expect(too_large(softmax.sums), false)) {
+      sums.store();
       move_maximum<Terms>(sum, p.value_dim, softmax.sums, f.scores[now.side],
                           next.block == now.block ? f.scores[next.side] : nullptr);
       softmax = softmax_work<Drops>(w, f, now, rate);
@@ -689,13 +701,17 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     for (int v = 0; v < kQueryVectors; ++v) {
       store(sum.sums + v * kLanes, add(load(sum.sums + v * kLanes), softmax.sums[v]));
     }
-    if (waiting.block && waiting.block != now.block) blocks.leave(*waiting.block);
+    if (waiting.block && waiting.block != now.block) {
+      sums.store();
+      blocks.leave(*waiting.block);
+    }
     waiting = now;
     now = next;
   }
   if (!waiting.block) return;
   const AmxBlock& last = *waiting.block;
-  flush_values(w, f, waiting);
+  flush_values(w, f, sums, waiting);
+  sums.store();
   blocks.leave(last);
 }
 
