@@ -329,6 +329,7 @@ struct AmxForwardWork final : ParallelWork {
                  const ForwardOutputs& outputs)
       : call(call), packed(packed), sums(sums), outputs(outputs) {}
   void work(TaskCursor& cursor) override;
+  void run(TaskCursor& cursor, AmxBuffers& buffers) const;
 };
 
 /// `Steps`: those of head_dim and value_dim if they are the same and known to the compiler, else 0.
@@ -738,60 +739,171 @@ class FlushDenormals {
 };
 
 template <int Terms>
-void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
-  AmxBuffers buffers;
-  if (!buffers.allocate(call, Terms)) return;
-  const FlushDenormals flush;
-  configure_tiles();
+void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
   if (draws_on_the_way(call)) {
     forward_blocks_by_steps<true>(*this, cursor, buffers);
   } else {
     forward_blocks_by_steps<false>(*this, cursor, buffers);
   }
+}
+
+template <int Terms>
+void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
+  AmxBuffers buffers;
+  if (!buffers.allocate(call, Terms)) return;
+  const FlushDenormals flush;
+  configure_tiles();
+  run(cursor, buffers);
   _tile_release();
 }
 
-/// What is packed at a time, for each thread: about what a core's cache holds beside the rest, so
-/// that what one pass packs the next one finds there.
+/// What is packed at a time: about what a core's cache holds beside the rest, so that what one pass
+/// packs the next one finds there.
 constexpr size_t kPackedBytes = size_t{1} << 20;
 
-/// Packs a run of tiles of some heads, then runs all their queries over it; then the next run. Long
-/// heads take several runs, and their sums wait in memory from one to the next. How a head is cut
-/// depends on its own sizes only, and so do the bits.
+/// How a call is cut: into waves of heads, and each wave into runs of tiles, which are packed and
+/// then met by all queries of the heads. Long heads take several runs, and their sums wait in
+/// memory from one to the next. How a head is cut depends on its own sizes only, and so do the
+/// bits.
+struct AmxPlan {
+  PackedTile layout;
+  size_t heads;  // key/value heads, counted over the batch
+  size_t tiles, run_tiles, blocks_a_head;
+  size_t heads_a_wave = 1;
+  size_t packed_floats, sum_floats = 0;
+
+  AmxPlan(const Problem& p, int terms, size_t threads)
+      : layout(p, terms),
+        heads(size_t{p.batch} * p.kv_heads),
+        tiles((size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock),
+        blocks_a_head(p.query_heads / p.kv_heads * blocks_per_head(p)) {
+    const size_t runs = (tiles * layout.bytes() + kPackedBytes - 1) / kPackedBytes;
+    run_tiles = (tiles + runs - 1) / runs;
+    const size_t run_bytes = run_tiles * layout.bytes();
+    const size_t share = std::max<size_t>(heads / threads, 1);
+    heads_a_wave = std::clamp<size_t>(kPackedBytes / run_bytes, 1, share);
+    packed_floats = heads_a_wave * run_bytes / sizeof(float);
+    if (runs > 1) sum_floats = heads_a_wave * blocks_a_head * RunningRows::floats(p);
+  }
+  size_t waves() const { return (heads + heads_a_wave - 1) / heads_a_wave; }
+};
+
+/// The memory of a wave on its way.
+struct AmxWave {
+  PackedKeys packed;
+  float* sums = nullptr;  // RunningRows of all blocks; null if all tiles are one run
+
+  bool allocate(const AmxPlan& plan) {
+    if (!scratch_.reserve(plan.packed_floats + plan.sum_floats, 2)) return false;
+    packed.data = reinterpret_cast<uint8_t*>(scratch_.take(plan.packed_floats));
+    if (plan.sum_floats > 0) sums = scratch_.take(plan.sum_floats);
+    return true;
+  }
+  explicit AmxWave(const AmxPlan& plan) : packed{plan.layout} {}
+
+ private:
+  Scratch scratch_;
+};
+
+/// Runs one wave; `threads` says who works on it.
+template <int Terms, typename Threads>
+Status run_wave(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs, size_t number,
+                AmxWave& wave, const Threads& threads) {
+  PackedKeys& packed = wave.packed;
+  packed.first_head = number * plan.heads_a_wave;
+  packed.heads = std::min(plan.heads_a_wave, plan.heads - packed.first_head);
+  for (packed.first_tile = 0; packed.first_tile < plan.tiles; packed.first_tile += plan.run_tiles) {
+    packed.tiles = std::min(plan.run_tiles, plan.tiles - packed.first_tile);
+    PackWork<Terms> pack(call, packed);
+    Status status = threads.pack(packed.heads * packed.tiles, pack);
+    if (!status.ok()) return status;
+    AmxForwardWork<Terms> work(call, packed, wave.sums, outputs);
+    status = threads.multiply(packed.heads * plan.blocks_a_head, work);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+/// All threads together.
+struct Together {
+  const CancelToken& cancel;
+
+  Status pack(size_t count, ParallelWork& work) const {
+    return ThreadPool::shared().run(count, true, cancel, work);
+  }
+  Status multiply(size_t count, ParallelWork& work) const { return pack(count, work); }
+};
+
+/// One thread alone, with its own buffers.
+struct Alone {
+  const CancelToken& cancel;
+  AmxBuffers& buffers;
+
+  Status pack(size_t count, ParallelWork& work) const {
+    TaskCursor cursor(count, cancel);
+    work.work(cursor);
+    if (cursor.drained()) return {};
+    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
+    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+  }
+  template <typename Work>
+  Status multiply(size_t count, const Work& work) const {
+    TaskCursor cursor(count, cancel);
+    work.run(cursor, buffers);
+    return {};
+  }
+};
+
+/// A task is one wave, by one thread: what it packs stays in its core's cache.
+template <int Terms>
+struct WaveWork final : ParallelWork {
+  Call call;
+  const AmxPlan& plan;
+  ForwardOutputs outputs;
+  const CancelToken& cancel;
+  std::atomic<bool> failed{false};  // short of memory in the middle of a task
+
+  WaveWork(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs,
+           const CancelToken& cancel)
+      : call(call), plan(plan), outputs(outputs), cancel(cancel) {}
+  void work(TaskCursor& cursor) override {
+    AmxBuffers buffers;
+    AmxWave wave(plan);
+    if (!buffers.allocate(call, Terms) || !wave.allocate(plan)) return;
+    const FlushDenormals flush;
+    configure_tiles();
+    const Alone alone{cancel, buffers};
+    for (size_t task; cursor.next(task);) {
+      const Status status = run_wave<Terms>(call, plan, outputs, task, wave, alone);
+      if (status.code == StatusCode::out_of_memory) failed.store(true, std::memory_order_relaxed);
+    }
+    _tile_release();
+  }
+};
+
 template <int Terms>
 Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
                          const CancelToken& cancel) {
   const Problem& p = call.problem;
   ThreadPool& pool = ThreadPool::shared();
   const bool parallel = worth_sharing(p);
-  const PackedTile layout(p, Terms);
-  const size_t heads = size_t{p.batch} * p.kv_heads;
-  const size_t tiles = (size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock;
-  const size_t runs = (tiles * layout.bytes() + kPackedBytes - 1) / kPackedBytes;
-  const size_t run_tiles = (tiles + runs - 1) / runs, run_bytes = run_tiles * layout.bytes();
   const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
-  const size_t heads_at_once = std::clamp<size_t>(threads * kPackedBytes / run_bytes, 1, heads);
-  const size_t blocks_a_head = p.query_heads / p.kv_heads * blocks_per_head(p);
-  const size_t packed_floats = heads_at_once * run_bytes / sizeof(float);
-  const size_t sum_floats = runs > 1 ? heads_at_once * blocks_a_head * RunningRows::floats(p) : 0;
-  Scratch memory;
-  if (!memory.reserve(packed_floats + sum_floats, 2)) {
-    return {StatusCode::out_of_memory, "no memory for packed keys and values"};
+  const AmxPlan plan(p, Terms, threads);
+  const Status no_memory{StatusCode::out_of_memory, "no memory for packed keys and values"};
+  // Whole rounds of waves keep all threads busy, or many of them nearly so.
+  if (plan.waves() % threads == 0 || plan.waves() >= 4 * threads) {
+    WaveWork<Terms> work(call, plan, outputs, cancel);
+    const Status status = pool.run(plan.waves(), parallel, cancel, work);
+    if (!status.ok()) return status;
+    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
+    return work.failed ? no_memory : status;
   }
-  PackedKeys packed{layout};
-  packed.data = reinterpret_cast<uint8_t*>(memory.take(packed_floats));
-  float* const sums = runs > 1 ? memory.take(sum_floats) : nullptr;
-  for (packed.first_head = 0; packed.first_head < heads; packed.first_head += heads_at_once) {
-    packed.heads = std::min(heads_at_once, heads - packed.first_head);
-    for (packed.first_tile = 0; packed.first_tile < tiles; packed.first_tile += run_tiles) {
-      packed.tiles = std::min(run_tiles, tiles - packed.first_tile);
-      PackWork<Terms> pack(call, packed);
-      Status status = pool.run(packed.heads * packed.tiles, parallel, cancel, pack);
-      if (!status.ok()) return status;
-      AmxForwardWork<Terms> work(call, packed, sums, outputs);
-      status = pool.run(packed.heads * blocks_a_head, parallel, cancel, work);
-      if (!status.ok()) return status;
-    }
+  AmxWave wave(plan);
+  if (!wave.allocate(plan)) return no_memory;
+  const Together together{cancel};
+  for (size_t number = 0; number < plan.waves(); ++number) {
+    const Status status = run_wave<Terms>(call, plan, outputs, number, wave, together);
+    if (!status.ok()) return status;
   }
   return {};
 }
