@@ -28,7 +28,7 @@ try {
   const copy = path.join(folder, 'copy');
   copyCheckout(copy);
   cpSync(path.join(root, 'dist'), path.join(copy, 'dist'), { recursive: true });
-  npm(copy, 'run', 'prebuilds');
+  npm(copy, 'run', 'prebuild');
   npm(copy, 'pack', '--pack-destination', folder);
   const tarball = readdirSync(folder).find((name) => name.endsWith('.tgz'));
 
