@@ -2,9 +2,10 @@
 
 import { checkInteger } from './arguments';
 import { listCandidates, MOST_THREADS } from './backends';
-import { loadBinding, PACKAGE_VERSION } from './binding';
+import { loadBinding } from './binding';
 import type { SdpaErrorCode } from './errors';
 import type { BackendName } from './problem';
+import { PACKAGE_VERSION } from './version';
 
 /**
  * One backend that was looked at, best first: usable, or passed over for a reason.
