@@ -16,6 +16,7 @@ import {
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { root, run } from './build-native.mjs';
+import { pack } from './pack.mjs';
 
 /** The greatest size of the tarball, in bytes. */
 const MOST_BYTES = 20_000_000;
@@ -49,6 +50,7 @@ const user = path.join(folder, 'user');
 const installed = path.join(user, 'node_modules/node-sdpa');
 try {
   const tarball = pack();
+  checkSize(tarball);
   checkTypes(tarball);
   install(tarball);
   useAsLibrary();
@@ -58,17 +60,11 @@ try {
   rmSync(folder, { recursive: true, force: true });
 }
 
-/** Makes out/package/*.tgz. */
-function pack() {
-  const destination = path.join(root, 'out/package');
-  rmSync(destination, { recursive: true, force: true });
-  mkdirSync(destination, { recursive: true });
-  npm(root, 'pack', '--pack-destination', destination);
-  const tarball = path.join(destination, `${readdirSync(destination)[0]}`);
+/** @param {string} tarball */
+function checkSize(tarball) {
   const { size } = statSync(tarball);
   assert(size <= MOST_BYTES, `${tarball} has ${size} bytes, more than ${MOST_BYTES}`);
   console.log(`${path.basename(tarball)} has ${size} bytes`);
-  return tarball;
 }
 
 /** publint and attw: the exports and types are right for every kind of import. @param {string} tarball */
