@@ -10,8 +10,9 @@ const FILES = ['package.json', 'package-lock.json', '.npmrc'];
  * Installs what the lockfile in a folder names, if it is not there yet, and gives the folder of
  * the installed packages, below out/packages.
  * @param {string} source folder with package.json, package-lock.json and .npmrc
+ * @param {string[]} [more] arguments for npm
  */
-export function installApart(source) {
+export function installApart(source, more = []) {
   const name = path.basename(source);
   const folder = path.join(root, 'out/packages', name);
   const modules = path.join(folder, 'node_modules');
@@ -22,7 +23,7 @@ export function installApart(source) {
   if (existsSync(path.join(modules, '.package-lock.json')) && FILES.every(isSame)) return modules;
   process.stdout.write(`installing what ${name} needs ... `);
   mkdirSync(folder, { recursive: true });
-  const args = ['ci', '--ignore-scripts', '--no-audit', '--no-fund'];
+  const args = ['ci', '--ignore-scripts', '--no-audit', '--no-fund', ...more];
   const npm = process.env.npm_execpath;
   for (const file of FILES) copyFileSync(path.join(source, file), path.join(folder, file));
   const result = npm
