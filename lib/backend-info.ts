@@ -27,6 +27,7 @@ export interface TriedBackend {
   readonly ok: boolean;
   /** `ERR_SDPA_BACKEND_UNAVAILABLE` or `ERR_SDPA_LOAD_FAILED`, where it cannot */
   readonly code?: SdpaErrorCode;
+  /** Why it cannot, and what to do about it */
   readonly reason?: string;
 }
 
