@@ -140,12 +140,20 @@ function tryLoad(): LoadedBinding {
 /** node-gyp-build's order: NODE_SDPA_PREBUILD, build/Release, build/Debug, prebuilds/. */
 function findBinary(libc: string | undefined): string {
   const root = findRoot();
-  const libcBefore = process.env.LIBC;
+  const { resolve } = loadNodeGypBuild(libc);
   try {
-    if (libc !== undefined) process.env.LIBC ??= libc; // read while the module loads
-    return (require('node-gyp-build') as { resolve(root: string): string }).resolve(root);
+    return resolve(root);
   } catch {
     throw missingBinary(process.env.NODE_SDPA_PREBUILD ?? root, libc);
+  }
+}
+
+/** It takes only Alpine for musl, unless the variable LIBC names one while the module loads. */
+function loadNodeGypBuild(libc: string | undefined): { resolve(root: string): string } {
+  const libcBefore = process.env.LIBC;
+  try {
+    if (libc !== undefined) process.env.LIBC ??= libc;
+    return require('node-gyp-build');
   } finally {
     if (libcBefore === undefined) delete process.env.LIBC;
   }
@@ -173,7 +181,7 @@ function loadBinary(path: string, libc: string | undefined): NativeBinding {
   }
 }
 
-/** node-gyp-build takes only Alpine for musl; the loader that this process has mapped knows. */
+/** The C library that this process has mapped; undefined on other systems than Linux. */
 function detectLibc(): string | undefined {
   if (process.platform !== 'linux') return undefined;
   try {

@@ -36,7 +36,7 @@ export function missingBinary(root: string, libc: string | undefined): LoadFailu
   const folder = join(root, 'prebuilds');
   let present: string[];
   try {
-    present = readdirSync(folder);
+    present = readdirSync(folder, { recursive: true, encoding: 'utf8' });
   } catch (cause) {
     return new LoadFailure(
       `there is no folder ${folder}`,
@@ -45,8 +45,8 @@ export function missingBinary(root: string, libc: string | undefined): LoadFailu
       cause,
     );
   }
-  const systems = present.filter((name) => name.includes('-')).join(', ');
-  return new LoadFailure(`${folder} has no binary for ${system}, but for ${systems}`, BUILD);
+  const binaries = present.filter((name) => name.endsWith('.node')).join(', ') || 'none at all';
+  return new LoadFailure(`${folder} has no binary for ${system}, but ${binaries}`, BUILD);
 }
 
 /** The file at `path` belongs to another version of this package. */
@@ -83,7 +83,7 @@ export function unloadableBinary(
     return new LoadFailure(reason, REINSTALL, cause);
   }
   const said = cause instanceof Error ? cause.message : String(cause);
-  return new LoadFailure(said.trim(), BUILD, cause);
+  return new LoadFailure(said.trim().replace(/\.$/, ''), BUILD, cause);
 }
 
 /** A C library's name, by the libraries that the file asks for; undefined where it names none. */

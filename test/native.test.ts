@@ -370,7 +370,9 @@ describe('a binary that does not load', () => {
   const otherLibc = altered('libc.so.6\0', 'libc.so\0\0\0');
   const [glibc = ''] = genuine.toString('latin1').match(/GLIBC_2\.\d+\0/) ?? [];
   const otherPrebuilds = rootWith('other', null);
-  mkdirSync(join(otherPrebuilds.NODE_SDPA_PREBUILD, 'prebuilds/aix-ppc64'), { recursive: true });
+  const aix = join(otherPrebuilds.NODE_SDPA_PREBUILD, 'prebuilds/aix-ppc64');
+  mkdirSync(aix, { recursive: true });
+  writeFileSync(join(aix, 'node-sdpa.node'), '');
 
   // What is wrong, the environment that makes it so, the cause and the remedy that are named.
   const failures: [string, Record<string, string>, RegExp, RegExp][] = [
@@ -378,7 +380,7 @@ describe('a binary that does not load', () => {
     [
       'is not for this system',
       otherPrebuilds,
-      /no binary for linux-\w+ \(glibc\), but for aix/,
+      /no binary for linux-\w+ \(glibc\), but aix-ppc64.node-sdpa.node\./,
       BUILD,
     ],
     ['is empty', rootWith('empty', ''), /no native addon/, REINSTALL],
