@@ -40,7 +40,7 @@ const CROSS_TARGETS = {
   },
   'win32-x64': {
     ...{ platform: 'win32', arch: 'x64', build: 'build-win32' },
-    ...{ toolchain: 'x86_64-w64-mingw32', strip: 'x86_64-w64-mingw32-strip' },
+    toolchain: 'x86_64-w64-mingw32',
     ...{ needs: ['x86_64-w64-mingw32-g++-posix'], packages: 'g++-mingw-w64-x86-64-posix' },
   },
 };
@@ -98,7 +98,7 @@ async function build({ platform, arch, libc, build, toolchain, strip }) {
   process.env.SDPA_TOOLCHAIN = toolchain ? path.join(root, 'tools', `${toolchain}.cmake`) : '';
   await prebuildify({
     ...{ platform, arch, libc, tagLibc: libc !== undefined, name: 'node-sdpa', napi: true },
-    ...{ cwd: folder, out: root, strip: true, stripBin: strip ?? 'strip' },
+    ...{ cwd: folder, out: root, strip: platform !== 'win32', stripBin: strip ?? 'strip' },
     nodeGyp: fileURLToPath(new URL('prebuildify-cmake.mjs', import.meta.url)),
   });
 }
