@@ -719,10 +719,12 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
 template <bool Drops, int Terms>
 inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
                                     AmxBuffers& f) {
-  const size_t steps = steps_of(w.call.problem.head_dim);
-  const bool same = steps == steps_of(w.call.problem.value_dim);
-  if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
-  if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+  if constexpr (Terms == 3) {  // the others are not worth their size
+    const size_t steps = steps_of(w.call.problem.head_dim);
+    const bool same = steps == steps_of(w.call.problem.value_dim);
+    if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
+    if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+  }
   forward_blocks<0, Drops>(w, cursor, f);
 }
 
