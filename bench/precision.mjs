@@ -46,7 +46,7 @@ const { values: options } = parseArgs({
 });
 
 const folder = path.join(root, 'build-bench');
-const build = buildWithCmake(folder, [], 'precision');
+const build = buildWithCmake(folder, [], { target: 'precision' });
 if (!build.ok) throw new Error(build.output);
 
 const compiler = checkReference();

@@ -47,7 +47,9 @@ import {
  * ```
  */
 export interface RngState {
+  /** 0 to 2^64 - 1 */
   readonly seed: bigint;
+  /** 0 to 2^64 - 1 */
   readonly offset: bigint;
 }
 
@@ -67,8 +69,11 @@ export interface RngState {
  * ```
  */
 export interface Gradients {
+  /** As query: `[B, Hq, Lq, D]` */
   readonly gradQuery: Tensor;
+  /** As key: `[B, Hkv, Lk, D]`; summed over the query heads that share a key/value head */
   readonly gradKey: Tensor;
+  /** As value: `[B, Hkv, Lk, Dv]` */
   readonly gradValue: Tensor;
   /** Where attnMask is a bias: summed over its broadcast axes, 0 where the bias is -inf */
   readonly gradAttnMask?: Tensor;

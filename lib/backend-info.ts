@@ -2,9 +2,10 @@
 
 import { checkInteger } from './arguments';
 import { listCandidates, MOST_THREADS } from './backends';
-import { loadBinding, PACKAGE_VERSION } from './binding';
+import { loadBinding } from './binding';
 import type { SdpaErrorCode } from './errors';
 import type { BackendName } from './problem';
+import { PACKAGE_VERSION } from './version';
 
 /**
  * One backend that was looked at, best first: usable, or passed over for a reason.
@@ -26,6 +27,7 @@ export interface TriedBackend {
   readonly ok: boolean;
   /** `ERR_SDPA_BACKEND_UNAVAILABLE` or `ERR_SDPA_LOAD_FAILED`, where it cannot */
   readonly code?: SdpaErrorCode;
+  /** Why it cannot, and what to do about it */
   readonly reason?: string;
 }
 

@@ -3,10 +3,19 @@
 
 import { readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { debuglog } from 'node:util';
 import { type SdpaError, sdpaError } from './errors';
+import {
+  checkFile,
+  foreignBinary,
+  type LoadFailure,
+  missingBinary,
+  oldRuntime,
+  unloadableBinary,
+} from './load-failure';
 import { PROBLEM_FIELDS } from './problem-header';
+import { PACKAGE_VERSION } from './version';
 
 /** An array that a native call reads or writes; null where the call has none. */
 type ArrayOrNull = Float32Array | Uint16Array | Uint8Array | Int32Array | null;
@@ -95,20 +104,14 @@ export interface LoadedBinding {
   readonly error: SdpaError | null;
 }
 
-/** lib/ and dist/ both lie directly in the package's root. */
-const PACKAGE_ROOT = join(__dirname, '..');
 const NEEDED_NODE_API = 9;
-const REMEDY =
-  'Build it by "npm run build" in a checkout of node-sdpa (this needs a C++ compiler), or use ' +
-  'the backend "js"';
 
 /** Why the cuda backend cannot be had. */
 export const NO_CUDA = 'cuda: this version of node-sdpa has no CUDA backend; use "cpu" or "auto"';
 
-const requireFromHere = createRequire(__filename);
-
-/** Version of this package. */
-export const PACKAGE_VERSION: string = requireFromHere('../package.json').version;
+/** Where this code lies; a bundle for ES modules has no such name. */
+const HERE = typeof __dirname === 'string' ? __dirname : process.cwd();
+const requireFromHere = createRequire(join(HERE, 'binding.js'));
 
 /** Prints where NODE_DEBUG names sdpa. */
 export const debug = debuglog('sdpa');
@@ -127,44 +130,71 @@ export function loadBinding(): LoadedBinding {
 function tryLoad(): LoadedBinding {
   let path: string | null = null;
   try {
-    checkNodeApi();
-    path = findBinary();
-    const native = requireFromHere(path) as NativeBinding;
+    // An addon built for a newer Node-API may crash an older runtime rather than fail to load.
+    const nodeApi = Number(process.versions.napi);
+    if (!(nodeApi >= NEEDED_NODE_API)) throw oldRuntime(NEEDED_NODE_API);
+    const libc = detectLibc();
+    path = findBinary(libc);
+    const native = loadBinary(path, libc);
     checkBelongs(native, path);
     return { native, path, error: null };
-  } catch (cause) {
-    const reason = (cause instanceof Error ? cause.message : String(cause)).trim();
-    const message = `The native addon cannot be used: ${reason}. ${REMEDY}`;
-    return { native: null, path, error: sdpaError('ERR_SDPA_LOAD_FAILED', message, cause) };
-  }
-}
-
-/** An addon built for a newer Node-API may crash an older runtime rather than fail to load. */
-function checkNodeApi(): void {
-  const nodeApi = Number(process.versions.napi);
-  if (!(nodeApi >= NEEDED_NODE_API)) {
-    throw new Error(`it needs Node-API ${NEEDED_NODE_API}, and this runtime has ${nodeApi}`);
+  } catch (failure) {
+    const { message: reason, remedy = 'Reinstall node-sdpa' } = failure as LoadFailure;
+    const message = `The native addon cannot be used: ${reason}. ${remedy}, or use the backend "js"`;
+    return { native: null, path, error: sdpaError('ERR_SDPA_LOAD_FAILED', message, failure) };
   }
 }
 
 /** node-gyp-build's order: NODE_SDPA_PREBUILD, build/Release, build/Debug, prebuilds/. */
-function findBinary(): string {
-  const libcBefore = process.env.LIBC;
-  const libc = libcBefore ?? detectLibc();
+function findBinary(libc: string | undefined): string {
+  const root = findRoot();
+  const { resolve } = loadNodeGypBuild(libc);
   try {
-    if (libc !== undefined) process.env.LIBC = libc; // read while the module loads
-    const nodeGypBuild = requireFromHere('node-gyp-build') as { resolve(root: string): string };
-    return nodeGypBuild.resolve(PACKAGE_ROOT);
-  } finally {
-    if (libc !== libcBefore) delete process.env.LIBC;
+    return resolve(root);
+  } catch {
+    throw missingBinary(process.env.NODE_SDPA_PREBUILD ?? root, libc);
   }
 }
 
-/** node-gyp-build takes only Alpine for musl; the loader that this process has mapped knows. */
+/** It takes only Alpine for musl, unless the variable LIBC names one while the module loads. */
+function loadNodeGypBuild(libc: string | undefined): { resolve(root: string): string } {
+  const libcBefore = process.env.LIBC;
+  try {
+    if (libc !== undefined) process.env.LIBC ??= libc;
+    return require('node-gyp-build');
+  } finally {
+    if (libcBefore === undefined) delete process.env.LIBC;
+  }
+}
+
+/** The package's folder: lib/ and dist/ lie directly in it, but a bundle of this code elsewhere. */
+function findRoot(): string {
+  const beside = join(HERE, '..');
+  try {
+    if (requireFromHere(join(beside, 'package.json')).name === 'node-sdpa') return beside;
+  } catch {}
+  try {
+    return dirname(requireFromHere.resolve('node-sdpa/package.json'));
+  } catch {
+    return HERE; // where whoever deploys a bundle may put prebuilds/
+  }
+}
+
+function loadBinary(path: string, libc: string | undefined): NativeBinding {
+  checkFile(path);
+  try {
+    return requireFromHere(path) as NativeBinding;
+  } catch (cause) {
+    throw unloadableBinary(path, libc, cause);
+  }
+}
+
+/** The C library that this process has mapped; undefined on other systems than Linux. */
 function detectLibc(): string | undefined {
   if (process.platform !== 'linux') return undefined;
   try {
-    return readFileSync('/proc/self/maps', 'latin1').includes('/ld-musl-') ? 'musl' : 'glibc';
+    const isMusl = /\/(ld-musl-.*|libc\.so)$/m.test(readFileSync('/proc/self/maps', 'latin1'));
+    return isMusl ? 'musl' : 'glibc';
   } catch {
     return undefined;
   }
@@ -173,13 +203,14 @@ function detectLibc(): string | undefined {
 /** A stale binary from another version of the package would misread every call. */
 function checkBelongs(native: NativeBinding, path: string): void {
   if (native.version !== PACKAGE_VERSION) {
-    throw new Error(
-      `${path} was built from version ${native.version}, and this is version ${PACKAGE_VERSION}`,
+    throw foreignBinary(
+      path,
+      `was built from version ${native.version}, and this is version ${PACKAGE_VERSION}`,
     );
   }
   const expected = PROBLEM_FIELDS.map(snakeCase).join(',');
   if (native.problemFields !== expected) {
-    throw new Error(`${path} has other fields of a call: ${native.problemFields}, not ${expected}`);
+    throw foreignBinary(path, `has other fields of a call: ${native.problemFields}`);
   }
 }
 

@@ -41,15 +41,19 @@ export interface DropoutMaskOptions {
   readonly p: number;
   /** Default: `'weights'`; `'scores'` has the same decisions, `'context'` others */
   readonly placement?: DropoutPlacement;
+  /** Chooses the decisions, together with `offset`: 0 to 2^64 - 1 */
   readonly seed: number | bigint;
   /** Default: 0 */
   readonly offset?: number | bigint;
   /** Axes along which a decision is shared. Default: none */
   readonly broadcast?: readonly DropoutBroadcastAxis[];
-  /** Position of the first batch entry, head, query and key in the whole. Default: 0 */
+  /** Position of the first batch entry in the whole. Default: 0 */
   readonly batchOffset?: number;
+  /** Position of the first head in the whole. Default: 0 */
   readonly headOffset?: number;
+  /** Position of the first query in the whole. Default: 0 */
   readonly queryOffset?: number;
+  /** Position of the first key in the whole. Default: 0 */
   readonly keyOffset?: number;
   /** What computes; all give the same. Default: `'auto'` */
   readonly backend?: BackendName;

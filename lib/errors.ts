@@ -63,6 +63,7 @@ export type SdpaErrorCode =
  * ```
  */
 export interface SdpaError extends Error {
+  /** What went wrong, for programs */
   code: SdpaErrorCode;
 }
 

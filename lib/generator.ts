@@ -43,7 +43,9 @@ export interface GeneratorOptions {
  * ```
  */
 export interface GeneratorState {
+  /** 0 to 2^64 - 1 */
   readonly seed: bigint;
+  /** The next to be drawn: 0 to 2^64 - 1 */
   readonly offset: bigint;
 }
 

@@ -238,7 +238,7 @@ export interface AttentionOptions {
   readonly causalOffset?: number | readonly number[] | 'bottom-right';
   /** How many keys before and behind the diagonal are seen; -1: all. Default: [-1, -1] */
   readonly windowSize?: readonly [left: number, right: number];
-  /** [B]: how many leading keys of a batch entry there are, 0 to Lk. Default: Lk each */
+  /** `[B]`: how many leading keys of a batch entry there are, 0 to Lk. Default: Lk each */
   readonly kvLengths?: Int32Array;
   /** Multiplies query . key. Default: 1 / sqrt(D) */
   readonly scale?: number;

@@ -62,9 +62,11 @@ interface Float16ArrayLike {
 export interface TensorLike {
   /** The elements */
   readonly data: TensorData | Float16ArrayLike;
-  /** The size of every axis; `shape` is read where `dims` is missing */
+  /** The size of every axis */
   readonly dims?: readonly number[];
+  /** The size of every axis; read where `dims` is missing */
   readonly shape?: readonly number[];
+  /** Default: by the class of `data`; a Uint16Array has to be named `'float16'` or `'bfloat16'` */
   readonly type?: TensorType;
 }
 

@@ -4,6 +4,7 @@
   'variables': {
     'sdpa_sources': [
       'native/backends.cpp',
+      'native/static_runtime.cpp',
       'native/addon/addon.cpp',
       'native/cpu/cpu_features.cpp',
       'native/cpu/thread_pool.cpp',
@@ -28,6 +29,8 @@
       '-fexceptions',
       '-fvisibility=hidden',
       '-fvisibility-inlines-hidden',
+      '-ffunction-sections',
+      '-fdata-sections',
       # A fused multiply-add only where the code asks for one: the same numbers from any compiler.
       '-ffp-contract=off',
     ],
@@ -39,6 +42,8 @@
       '-static-libstdc++',
       '-static-libgcc',
       '-Wl,--exclude-libs,ALL',
+      # Half of what the static libraries bring is never called.
+      '-Wl,--gc-sections',
       # Our threads outlive the last worker that uses them: the code must stay mapped.
       '-Wl,-z,nodelete',
     ],

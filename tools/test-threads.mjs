@@ -18,7 +18,7 @@ const RACE_STATUS = 66; // with which a program that raced ends
 const report = path.join(root, 'out/threads.json');
 rmSync(report, { force: true });
 const folder = path.join(root, 'build-tsan');
-const build = buildWithCmake(folder, ['SDPA_SANITIZE=thread'], 'threads');
+const build = buildWithCmake(folder, ['SDPA_SANITIZE=thread'], { target: 'threads' });
 if (!build.ok) fail(build.output);
 
 const program = path.join(folder, 'build/threads');

@@ -45,6 +45,7 @@ struct AmxBackwardBuffers {
   float* grad_value;                         // [chunk][whole value_dim]
   float* lse[kBlocksAtOnce];                 // [kQueryBlock]
   float* delta[kBlocksAtOnce];               // [kQueryBlock]
+  TileSums sums;
 
   uint8_t* operand(size_t floats) { return reinterpret_cast<uint8_t*>(scratch_.take(floats)); }
 
@@ -255,12 +256,12 @@ inline void multiply_tile(const AmxBackwardTask<Terms>& k, int block, KeyTile ti
   const uint8_t* values = k.packed.value_rows(tile_number(k, tile));
   for (int half = 0; half < 2; ++half) {
     const size_t at = half * kStepDepth * kQueryBlock;
-    multiply_packed<Terms>(keys + half * k.packed.key_bytes / 2, k.f.queries[block],
+    multiply_packed<Terms>(k.f.sums, keys + half * k.packed.key_bytes / 2, k.f.queries[block],
                            steps_of(p.head_dim), zeros, 0, k.f.score_tile[block] + at, kQueryBlock,
                            work);
-    multiply_packed<Terms>(values + half * k.packed.value_bytes / 2, k.f.grad_outputs[block],
-                           steps_of(p.value_dim), zeros, 0, k.f.grad_tile[block] + at, kQueryBlock,
-                           work);
+    multiply_packed<Terms>(k.f.sums, values + half * k.packed.value_bytes / 2,
+                           k.f.grad_outputs[block], steps_of(p.value_dim), zeros, 0,
+                           k.f.grad_tile[block] + at, kQueryBlock, work);
   }
 }
 
@@ -324,19 +325,19 @@ inline void add_query_gradient(const AmxBackwardTask<Terms>& k, int block, KeyTi
   const uint8_t* keys = k.packed.key_columns(tile_number(k, tile));
   for (size_t s = 0; s < steps_of(k.problem().head_dim); ++s, keys += 2 * Terms * kPairBytes) {
     float* const to = k.f.grad_query[block] + s * kStepDepth * kQueryBlock;
-    multiply_packed<Terms>(keys, k.f.grad_score_pairs[block], 2, to, kQueryBlock, to, kQueryBlock,
-                           work);
+    multiply_packed<Terms>(k.f.sums, keys, k.f.grad_score_pairs[block], 2, to, kQueryBlock, to,
+                           kQueryBlock, work);
   }
 }
 
 /// sum [kKeyBlock][width] += operand * pairs, over both blocks of queries.
 template <int Terms, typename Work>
-inline void add_over_queries(const uint8_t* operand, const uint8_t* pairs, size_t width, float* sum,
-                             Work& work) {
+inline void add_over_queries(const AmxBackwardTask<Terms>& k, const uint8_t* operand,
+                             const uint8_t* pairs, size_t width, float* sum, Work& work) {
   for (int half = 0; half < 2; ++half) {
     for (size_t s = 0; s < width / kStepDepth; ++s) {
       float* const to = sum + half * kStepDepth * width + s * kStepDepth;
-      multiply_packed<Terms>(operand + half * kBlocksAtOnce * Terms * kPairBytes,
+      multiply_packed<Terms>(k.f.sums, operand + half * kBlocksAtOnce * Terms * kPairBytes,
                              pairs + s * kBlocksAtOnce * Terms * kPairBytes, kBlocksAtOnce, to,
                              width, to, width, work);
     }
@@ -346,15 +347,15 @@ inline void add_over_queries(const uint8_t* operand, const uint8_t* pairs, size_
 template <int Terms, typename Work>
 inline void add_value_gradient(const AmxBackwardTask<Terms>& k, KeyTile tile, Work& work) {
   const size_t width = whole(k.problem().value_dim);
-  add_over_queries<Terms>(k.f.weights[tile_number(k, tile) & 1], k.f.grad_output_pairs, width,
-                          k.f.grad_value + (tile.first - k.task.keys.begin) * width, work);
+  add_over_queries(k, k.f.weights[tile_number(k, tile) & 1], k.f.grad_output_pairs, width,
+                   k.f.grad_value + (tile.first - k.task.keys.begin) * width, work);
 }
 
 template <int Terms, typename Work>
 inline void add_key_gradient(const AmxBackwardTask<Terms>& k, KeyTile tile, Work& work) {
   const size_t width = whole(k.problem().head_dim);
-  add_over_queries<Terms>(k.f.grad_scores[tile_number(k, tile) & 1], k.f.query_pairs, width,
-                          k.f.grad_key + (tile.first - k.task.keys.begin) * width, work);
+  add_over_queries(k, k.f.grad_scores[tile_number(k, tile) & 1], k.f.query_pairs, width,
+                   k.f.grad_key + (tile.first - k.task.keys.begin) * width, work);
 }
 
 /// Two blocks of queries against the tiles of a range, as a pipeline. Each block's turn has four of
@@ -371,6 +372,7 @@ inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock
     const KeyTile tile = range.tile();
     const bool is_first = before.count == 0;
     range.advance();
+    if (is_first) k.f.sums.store();
     DifferentiateWork<Terms> first = differentiate_work(
         k, blocks[0], 0, tile, 2 * (head + value) + (is_first ? 0 : 2 * head + 4 * value));
     multiply_tile(k, 1, tile, first);
@@ -379,6 +381,7 @@ inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock
       add_value_gradient(k, before, first);
     }
     first.finish();
+    if (is_first) k.f.sums.store();
     DifferentiateWork<Terms> second = differentiate_work(
         k, blocks[1], 1, tile,
         2 * head + (range.done() ? 0 : 2 * (head + value)) + (is_first ? 0 : 4 * head));
@@ -391,6 +394,7 @@ inline void backward_tiles_amx(const AmxBackwardTask<Terms>& k, const QueryBlock
   add_query_gradient(k, 1, before, none);
   add_value_gradient(k, before, none);
   add_key_gradient(k, before, none);
+  k.f.sums.store();
 }
 
 /// Two blocks of queries against the chunk. True if a NaN came out in grad_query.

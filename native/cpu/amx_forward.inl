@@ -329,29 +329,31 @@ struct AmxForwardWork final : ParallelWork {
                  const ForwardOutputs& outputs)
       : call(call), packed(packed), sums(sums), outputs(outputs) {}
   void work(TaskCursor& cursor) override;
+  void run(TaskCursor& cursor, AmxBuffers& buffers) const;
 };
 
 /// `Steps`: those of head_dim and value_dim if they are the same and known to the compiler, else 0.
 template <int Steps, int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_scores(const AmxForwardWork<Terms>& w,
-                                                           const BlockTile& t, float* scores,
-                                                           Work& work) {
+                                                           TileSums& sums, const BlockTile& t,
+                                                           float* scores, Work& work) {
   const uint8_t* keys = w.packed.keys(t.block->head, t.number());
   const size_t steps = Steps ? Steps : steps_of(w.call.problem.head_dim);
   for (int half = 0; half < 2; ++half, keys += w.packed.layout.key_bytes / 2) {
-    multiply_packed<Terms>(keys, t.block->queries, steps, t.block->sum.minus_max, 0,
+    multiply_packed<Terms>(sums, keys, t.block->queries, steps, t.block->sum.minus_max, 0,
                            scores + half * 2 * kTileSide * kQueryBlock, kQueryBlock, work);
   }
 }
 
 template <int Steps, int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_values(const AmxForwardWork<Terms>& w,
-                                                           const BlockTile& t,
+                                                           TileSums& sums, const BlockTile& t,
                                                            const uint8_t* weights, Work& work) {
   const uint8_t* values = w.packed.values(t.block->head, t.number());
   float* context = t.block->sum.context;
   for (size_t s = 0; s < (Steps ? Steps : steps_of(w.call.problem.value_dim)); ++s) {
-    multiply_packed<Terms>(values, weights, 2, context, kQueryBlock, context, kQueryBlock, work);
+    multiply_packed<Terms>(sums, values, weights, 2, context, kQueryBlock, context, kQueryBlock,
+                           work);
     values += 2 * Terms * kPairBytes;
     context += kStepDepth * kQueryBlock;
   }
@@ -426,17 +428,18 @@ inline KeyRange seen_by_all(const QueryBlock& q) {
 
 /// Adds the values of the tile whose weights are waiting.
 template <int Terms>
-inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, BlockTile& waiting) {
+inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                         BlockTile& waiting) {
   NoWork none;
-  if (waiting.block) multiply_values<0>(w, waiting, f.weights[waiting.side], none);
+  if (waiting.block) multiply_values<0>(w, sums, waiting, f.weights[waiting.side], none);
   waiting.block = nullptr;
 }
 
 /// Gives every lane that sees a key of the tile a maximum that fits its scores, which are relative
 /// to the maximum so far.
 template <int Terms>
-inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
-                           BlockTile& waiting) {
+inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                           const BlockTile& t, BlockTile& waiting) {
   AmxBlock& k = *t.block;
   for (int v = 0; v < kQueryVectors; ++v) {
     float* const column = f.scores[t.side] + v * kLanes;
@@ -448,7 +451,8 @@ inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
     k.unset[v] &= Mask(~seen);
     Floats by = broadcast(0.0f);
     if (any(raised)) {
-      if (waiting.block == &k) flush_values(w, f, waiting);  // under the old maximum
+      if (waiting.block == &k) flush_values(w, f, sums, waiting);  // under the old maximum
+      sums.store();
       raise_maximum<Terms>(k.sum, w.call.problem.value_dim, v, raised, top);
       by = select(raised, top, by);
     }
@@ -464,8 +468,8 @@ inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
 
 /// Applies the rules to the scores of a tile, unless it needs none.
 template <int Terms>
-inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, const BlockTile& t,
-                           BlockTile& waiting) {
+inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
+                           const BlockTile& t, BlockTile& waiting) {
   const AmxBlock& k = *t.block;
   if (!any(k.unset[0] | k.unset[1]) && is_plain(w.call, k.all, t.tile)) return;
   float* const scores = f.scores[t.side];
@@ -477,7 +481,7 @@ inline void prepare_scores(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
   for (int i = 0; capped && i < kKeyBlock * kQueryBlock; i += kLanes) {
     store(scores + i, add(load(scores + i), load(k.sum.minus_max + i % kQueryBlock)));
   }
-  settle_maximum(w, f, t, waiting);
+  settle_maximum(w, f, sums, t, waiting);
 }
 
 /// Whether decisions of `weights` dropout are drawn on the way from scores to weights.
@@ -532,11 +536,12 @@ inline bool too_large(const Floats* sums) {
 
 // ------------------------------------------------------------------------------------- the pass
 
-/// Packs rows of queries, times `factor`, as operand B.
+/// Packs rows of queries, times the scale and log2(e), as operand B. By two products as in the
+/// backward pass: one factor, rounded, would shift all scores, and large ones by much.
 template <int Terms>
-inline void pack_queries(const Rows& rows, uint32_t count, float factor, float* copy, uint8_t* to) {
+inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* copy, uint8_t* to) {
   alignas(64) float channels[kTileSide * kTileSide];
-  const Floats by = broadcast(factor);
+  const Floats by = broadcast(scale), log2e = broadcast(kLog2E);
   size_t stride;
   const float* const from = whole_steps(rows, int(count), kQueryBlock, copy, stride);
   for (size_t c = 0; c < whole(rows.width); c += kTileSide) {
@@ -546,7 +551,8 @@ inline void pack_queries(const Rows& rows, uint32_t count, float factor, float* 
                                c % kStepDepth / 2 * sizeof(Words);
       for (int pair = 0; pair < kTileSide / 2; ++pair) {
         const float* const even = channels + 2 * pair * kTileSide;
-        split_pair<Terms>(mul(load(even), by), mul(load(even + kTileSide), by),
+        split_pair<Terms>(mul(mul(load(even), by), log2e),
+                          mul(mul(load(even + kTileSide), by), log2e),
                           operand + pair * sizeof(Words));
       }
     }
@@ -629,8 +635,8 @@ class BlockStream {
         k.unset[v] = equal(load(k.sum.sums + v * kLanes), broadcast(0.0f));
       }
       k.queries = f_.queries[slot];
-      pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count,
-                          p_.scale * kLog2E, f_.rows, k.queries);
+      pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count, p_.scale,
+                          f_.rows, k.queries);
       if (draws_on_the_way(w_.call)) k.dropout.start_block(w_.call, k.q);
       slot_ = slot;
       block_ = &k;
@@ -671,16 +677,23 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
   NoWork none;
   BlockStream<Terms> blocks(w, cursor, f);
   BlockTile waiting, now = blocks.next_tile();
-  if (now.block) multiply_scores<Steps>(w, now, f.scores[now.side], none);
+  TileSums sums;
+  if (now.block) multiply_scores<Steps>(w, sums, now, f.scores[now.side], none);
+  sums.store();
   while (now.block) {
     const BlockTile next = blocks.next_tile();
-    prepare_scores(w, f, now, waiting);
+    prepare_scores(w, f, sums, now, waiting);
     SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
-    if (next.block) multiply_scores<Steps>(w, next, f.scores[next.side], softmax);
-    if (waiting.block) multiply_values<Steps>(w, waiting, f.weights[waiting.side], softmax);
+    if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
+    if (waiting.block) {
+      multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], softmax);
+    } else {
+      sums.store();  // the scores, which come next
+    }
     softmax.finish();
     const RunningRows& sum = now.block->sum;
     if (__builtin_expect(too_large(softmax.sums), false)) {
+      sums.store();
       move_maximum<Terms>(sum, p.value_dim, softmax.sums, f.scores[now.side],
                           next.block == now.block ? f.scores[next.side] : nullptr);
       softmax = softmax_work<Drops>(w, f, now, rate);
@@ -689,23 +702,29 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     for (int v = 0; v < kQueryVectors; ++v) {
       store(sum.sums + v * kLanes, add(load(sum.sums + v * kLanes), softmax.sums[v]));
     }
-    if (waiting.block && waiting.block != now.block) blocks.leave(*waiting.block);
+    if (waiting.block && waiting.block != now.block) {
+      sums.store();
+      blocks.leave(*waiting.block);
+    }
     waiting = now;
     now = next;
   }
   if (!waiting.block) return;
   const AmxBlock& last = *waiting.block;
-  flush_values(w, f, waiting);
+  flush_values(w, f, sums, waiting);
+  sums.store();
   blocks.leave(last);
 }
 
 template <bool Drops, int Terms>
 inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
                                     AmxBuffers& f) {
-  const size_t steps = steps_of(w.call.problem.head_dim);
-  const bool same = steps == steps_of(w.call.problem.value_dim);
-  if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
-  if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+  if constexpr (Terms == 3) {  // the others are not worth their size
+    const size_t steps = steps_of(w.call.problem.head_dim);
+    const bool same = steps == steps_of(w.call.problem.value_dim);
+    if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
+    if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+  }
   forward_blocks<0, Drops>(w, cursor, f);
 }
 
@@ -722,60 +741,171 @@ class FlushDenormals {
 };
 
 template <int Terms>
-void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
-  AmxBuffers buffers;
-  if (!buffers.allocate(call, Terms)) return;
-  const FlushDenormals flush;
-  configure_tiles();
+void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
   if (draws_on_the_way(call)) {
     forward_blocks_by_steps<true>(*this, cursor, buffers);
   } else {
     forward_blocks_by_steps<false>(*this, cursor, buffers);
   }
+}
+
+template <int Terms>
+void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
+  AmxBuffers buffers;
+  if (!buffers.allocate(call, Terms)) return;
+  const FlushDenormals flush;
+  configure_tiles();
+  run(cursor, buffers);
   _tile_release();
 }
 
-/// What is packed at a time, for each thread: about what a core's cache holds beside the rest, so
-/// that what one pass packs the next one finds there.
+/// What is packed at a time: about what a core's cache holds beside the rest, so that what one pass
+/// packs the next one finds there.
 constexpr size_t kPackedBytes = size_t{1} << 20;
 
-/// Packs a run of tiles of some heads, then runs all their queries over it; then the next run. Long
-/// heads take several runs, and their sums wait in memory from one to the next. How a head is cut
-/// depends on its own sizes only, and so do the bits.
+/// How a call is cut: into waves of heads, and each wave into runs of tiles, which are packed and
+/// then met by all queries of the heads. Long heads take several runs, and their sums wait in
+/// memory from one to the next. How a head is cut depends on its own sizes only, and so do the
+/// bits.
+struct AmxPlan {
+  PackedTile layout;
+  size_t heads;  // key/value heads, counted over the batch
+  size_t tiles, run_tiles, blocks_a_head;
+  size_t heads_a_wave = 1;
+  size_t packed_floats, sum_floats = 0;
+
+  AmxPlan(const Problem& p, int terms, size_t threads)
+      : layout(p, terms),
+        heads(size_t{p.batch} * p.kv_heads),
+        tiles((size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock),
+        blocks_a_head(p.query_heads / p.kv_heads * blocks_per_head(p)) {
+    const size_t runs = (tiles * layout.bytes() + kPackedBytes - 1) / kPackedBytes;
+    run_tiles = (tiles + runs - 1) / runs;
+    const size_t run_bytes = run_tiles * layout.bytes();
+    const size_t share = std::max<size_t>(heads / threads, 1);
+    heads_a_wave = std::clamp<size_t>(kPackedBytes / run_bytes, 1, share);
+    packed_floats = heads_a_wave * run_bytes / sizeof(float);
+    if (runs > 1) sum_floats = heads_a_wave * blocks_a_head * RunningRows::floats(p);
+  }
+  size_t waves() const { return (heads + heads_a_wave - 1) / heads_a_wave; }
+};
+
+/// The memory of a wave on its way.
+struct AmxWave {
+  PackedKeys packed;
+  float* sums = nullptr;  // RunningRows of all blocks; null if all tiles are one run
+
+  bool allocate(const AmxPlan& plan) {
+    if (!scratch_.reserve(plan.packed_floats + plan.sum_floats, 2)) return false;
+    packed.data = reinterpret_cast<uint8_t*>(scratch_.take(plan.packed_floats));
+    if (plan.sum_floats > 0) sums = scratch_.take(plan.sum_floats);
+    return true;
+  }
+  explicit AmxWave(const AmxPlan& plan) : packed{plan.layout} {}
+
+ private:
+  Scratch scratch_;
+};
+
+/// Runs one wave; `threads` says who works on it.
+template <int Terms, typename Threads>
+Status run_wave(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs, size_t number,
+                AmxWave& wave, const Threads& threads) {
+  PackedKeys& packed = wave.packed;
+  packed.first_head = number * plan.heads_a_wave;
+  packed.heads = std::min(plan.heads_a_wave, plan.heads - packed.first_head);
+  for (packed.first_tile = 0; packed.first_tile < plan.tiles; packed.first_tile += plan.run_tiles) {
+    packed.tiles = std::min(plan.run_tiles, plan.tiles - packed.first_tile);
+    PackWork<Terms> pack(call, packed);
+    Status status = threads.pack(packed.heads * packed.tiles, pack);
+    if (!status.ok()) return status;
+    AmxForwardWork<Terms> work(call, packed, wave.sums, outputs);
+    status = threads.multiply(packed.heads * plan.blocks_a_head, work);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+/// All threads together.
+struct Together {
+  const CancelToken& cancel;
+
+  Status pack(size_t count, ParallelWork& work) const {
+    return ThreadPool::shared().run(count, true, cancel, work);
+  }
+  Status multiply(size_t count, ParallelWork& work) const { return pack(count, work); }
+};
+
+/// One thread alone, with its own buffers.
+struct Alone {
+  const CancelToken& cancel;
+  AmxBuffers& buffers;
+
+  Status pack(size_t count, ParallelWork& work) const {
+    TaskCursor cursor(count, cancel);
+    work.work(cursor);
+    if (cursor.drained()) return {};
+    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
+    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+  }
+  template <typename Work>
+  Status multiply(size_t count, const Work& work) const {
+    TaskCursor cursor(count, cancel);
+    work.run(cursor, buffers);
+    return {};
+  }
+};
+
+/// A task is one wave, by one thread: what it packs stays in its core's cache.
+template <int Terms>
+struct WaveWork final : ParallelWork {
+  Call call;
+  const AmxPlan& plan;
+  ForwardOutputs outputs;
+  const CancelToken& cancel;
+  std::atomic<bool> failed{false};  // short of memory in the middle of a task
+
+  WaveWork(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs,
+           const CancelToken& cancel)
+      : call(call), plan(plan), outputs(outputs), cancel(cancel) {}
+  void work(TaskCursor& cursor) override {
+    AmxBuffers buffers;
+    AmxWave wave(plan);
+    if (!buffers.allocate(call, Terms) || !wave.allocate(plan)) return;
+    const FlushDenormals flush;
+    configure_tiles();
+    const Alone alone{cancel, buffers};
+    for (size_t task; cursor.next(task);) {
+      const Status status = run_wave<Terms>(call, plan, outputs, task, wave, alone);
+      if (status.code == StatusCode::out_of_memory) failed.store(true, std::memory_order_relaxed);
+    }
+    _tile_release();
+  }
+};
+
 template <int Terms>
 Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
                          const CancelToken& cancel) {
   const Problem& p = call.problem;
   ThreadPool& pool = ThreadPool::shared();
   const bool parallel = worth_sharing(p);
-  const PackedTile layout(p, Terms);
-  const size_t heads = size_t{p.batch} * p.kv_heads;
-  const size_t tiles = (size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock;
-  const size_t runs = (tiles * layout.bytes() + kPackedBytes - 1) / kPackedBytes;
-  const size_t run_tiles = (tiles + runs - 1) / runs, run_bytes = run_tiles * layout.bytes();
   const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
-  const size_t heads_at_once = std::clamp<size_t>(threads * kPackedBytes / run_bytes, 1, heads);
-  const size_t blocks_a_head = p.query_heads / p.kv_heads * blocks_per_head(p);
-  const size_t packed_floats = heads_at_once * run_bytes / sizeof(float);
-  const size_t sum_floats = runs > 1 ? heads_at_once * blocks_a_head * RunningRows::floats(p) : 0;
-  Scratch memory;
-  if (!memory.reserve(packed_floats + sum_floats, 2)) {
-    return {StatusCode::out_of_memory, "no memory for packed keys and values"};
+  const AmxPlan plan(p, Terms, threads);
+  const Status no_memory{StatusCode::out_of_memory, "no memory for packed keys and values"};
+  // Whole rounds of waves keep all threads busy, or many of them nearly so.
+  if (plan.waves() % threads == 0 || plan.waves() >= 4 * threads) {
+    WaveWork<Terms> work(call, plan, outputs, cancel);
+    const Status status = pool.run(plan.waves(), parallel, cancel, work);
+    if (!status.ok()) return status;
+    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
+    return work.failed ? no_memory : status;
   }
-  PackedKeys packed{layout};
-  packed.data = reinterpret_cast<uint8_t*>(memory.take(packed_floats));
-  float* const sums = runs > 1 ? memory.take(sum_floats) : nullptr;
-  for (packed.first_head = 0; packed.first_head < heads; packed.first_head += heads_at_once) {
-    packed.heads = std::min(heads_at_once, heads - packed.first_head);
-    for (packed.first_tile = 0; packed.first_tile < tiles; packed.first_tile += run_tiles) {
-      packed.tiles = std::min(run_tiles, tiles - packed.first_tile);
-      PackWork<Terms> pack(call, packed);
-      Status status = pool.run(packed.heads * packed.tiles, parallel, cancel, pack);
-      if (!status.ok()) return status;
-      AmxForwardWork<Terms> work(call, packed, sums, outputs);
-      status = pool.run(packed.heads * blocks_a_head, parallel, cancel, work);
-      if (!status.ok()) return status;
-    }
+  AmxWave wave(plan);
+  if (!wave.allocate(plan)) return no_memory;
+  const Together together{cancel};
+  for (size_t number = 0; number < plan.waves(); ++number) {
+    const Status status = run_wave<Terms>(call, plan, outputs, number, wave, together);
+    if (!status.ok()) return status;
   }
   return {};
 }

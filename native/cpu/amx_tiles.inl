@@ -212,28 +212,52 @@ inline __attribute__((always_inline)) void multiply_step(const uint8_t* a, const
   }
 }
 
-/// c [32][c_stride] = start + a * b over `steps` steps. `start_stride` 0 gives all rows one start.
+/// Sums of a product that are still in tiles 0 to 3. They are stored when the next product takes
+/// the tiles, each tile just before it is loaded anew, so that the multiplier waits for neither; or
+/// by store(), which whoever reads them calls first.
+struct TileSums {
+  float* to = nullptr;  // [32][stride]; null: nothing waits
+  size_t stride = 0;
+
+  inline __attribute__((always_inline)) float* at(int tile) const {
+    return to + tile / 2 * kTileSide * stride + tile % 2 * kTileSide;
+  }
+  inline void store() {
+    if (!to) return;
+    const size_t bytes = stride * sizeof(float);
+    _tile_stored(0, at(0), bytes);
+    _tile_stored(1, at(1), bytes);
+    _tile_stored(2, at(2), bytes);
+    _tile_stored(3, at(3), bytes);
+    to = nullptr;
+  }
+};
+
+/// sums = start + a * b over `steps` steps, for c [32][c_stride]. `start_stride` 0 gives all rows
+/// one start.
 template <int Terms, typename Work>
-inline __attribute__((always_inline)) void multiply_packed(const uint8_t* a, const uint8_t* b,
-                                                           size_t steps, const float* start,
-                                                           size_t start_stride, float* c,
-                                                           size_t c_stride, Work& work) {
-  const size_t start_bytes = start_stride * sizeof(float), c_bytes = c_stride * sizeof(float);
-  _tile_loadd(0, start, start_bytes);
-  _tile_loadd(1, start + kTileSide, start_bytes);
-  _tile_loadd(2, start + kTileSide * start_stride, start_bytes);
-  _tile_loadd(3, start + kTileSide * start_stride + kTileSide, start_bytes);
+inline __attribute__((always_inline)) void multiply_packed(TileSums& sums, const uint8_t* a,
+                                                           const uint8_t* b, size_t steps,
+                                                           const float* start, size_t start_stride,
+                                                           float* c, size_t c_stride, Work& work) {
   const uint8_t* const last_term = a + (Terms - 1) * kPairBytes;
   _tile_loadd(4, last_term, 64);
   _tile_loadd(6, b, 64);
   _tile_loadd(5, last_term + kTileBytes, 64);
   _tile_loadd(7, b + kTileBytes, 64);
+  const TileSums from{const_cast<float*>(start), start_stride};
+  const size_t from_bytes = start_stride * sizeof(float), bytes = sums.stride * sizeof(float);
+  if (sums.to) _tile_stored(0, sums.at(0), bytes);
+  _tile_loadd(0, from.at(0), from_bytes);
+  if (sums.to) _tile_stored(1, sums.at(1), bytes);
+  _tile_loadd(1, from.at(1), from_bytes);
+  if (sums.to) _tile_stored(2, sums.at(2), bytes);
+  _tile_loadd(2, from.at(2), from_bytes);
+  if (sums.to) _tile_stored(3, sums.at(3), bytes);
+  _tile_loadd(3, from.at(3), from_bytes);
   for (size_t step = 0; step < steps; ++step) {
     multiply_step<Terms>(a + step * Terms * kPairBytes, b + step * Terms * kPairBytes,
                          step + 1 < steps, work);
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + kTileSide, c_bytes);
-  _tile_stored(2, c + kTileSide * c_stride, c_bytes);
-  _tile_stored(3, c + kTileSide * c_stride + kTileSide, c_bytes);
+  sums = {c, c_stride};
 }

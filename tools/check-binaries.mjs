@@ -1,0 +1,106 @@
+// What every shipped binary has to be: small, and loadable on old systems, which means that it asks
+// for few libraries and for no new version of them.
+import { createHash } from 'node:crypto';
+import { readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
+import path from 'node:path';
+import { run } from './build-native.mjs';
+
+/** The greatest size of an addon, in bytes. */
+export const MOST_BYTES = 1_500_000;
+
+/** The oldest glibc that has to do: that of RHEL 8 and Debian 10, which Node 20 needs as well. */
+export const GLIBC_FLOOR = '2.28';
+
+/** What each kind of system brings; libraries of compilers are not among it. */
+const LIBRARIES = {
+  glibc: /^(libc|libm|libpthread|libdl)\.so\.\d+$|^ld-linux-.*\.so\.\d+$/,
+  musl: /^libc\.so$/,
+  win32: /^(KERNEL32\.dll|msvcrt\.dll|node\.exe)$/,
+  darwin: /^(\/usr\/lib\/libSystem\.B\.dylib|\/usr\/lib\/libc\+\+\.1\.dylib)$/,
+};
+
+/** All binaries below a folder, as paths relative to it. @param {string} folder */
+function listBinaries(folder) {
+  return readdirSync(folder, { recursive: true, encoding: 'utf8' })
+    .filter((name) => /\.(node|so)$/.test(name))
+    .sort();
+}
+
+/**
+ * Prints a line for each binary of prebuilds/, and gives a line for each thing that is wrong.
+ * @param {string} folder
+ */
+export function checkBinaries(folder) {
+  const binaries = listBinaries(folder);
+  const problems = binaries.length === 0 ? [`${folder} has no binaries`] : [];
+  for (const name of binaries) {
+    const file = path.join(folder, name);
+    const { size } = statSync(file);
+    if (name.endsWith('.node') && size > MOST_BYTES) {
+      problems.push(`${name} has ${size} bytes, more than ${MOST_BYTES}`);
+    }
+    const kind = systemOf(name);
+    const { libraries, versions } = requirementsOf(file, kind);
+    const foreign = libraries.filter((library) => !LIBRARIES[kind].test(library));
+    if (libraries.length === 0) problems.push(`${name}: its libraries could not be read`);
+    if (foreign.length > 0) problems.push(`${name} needs ${foreign.join(', ')}`);
+    const tooNew = newerThan(GLIBC_FLOOR, versions);
+    if (tooNew.length > 0) problems.push(`${name} needs ${tooNew.join(', ')}`);
+    const newest = versions.at(-1) ?? 'no versions';
+    console.log(`${name}: ${size} bytes, ${libraries.join(' ')}, ${newest}`);
+  }
+  return problems;
+}
+
+/** @param {string} name below prebuilds/ @returns {keyof typeof LIBRARIES} */
+function systemOf(name) {
+  const platform = /** @type {'linux' | 'win32' | 'darwin'} */ (name.split('-')[0]);
+  if (platform !== 'linux') return platform;
+  return name.includes('.musl.') ? 'musl' : 'glibc';
+}
+
+/**
+ * The libraries that a binary asks the system for, and the versions of their symbols, in order.
+ * @param {string} file
+ * @param {keyof typeof LIBRARIES} kind
+ */
+export function requirementsOf(file, kind) {
+  /** @type {Record<string, [program: string, args: string[], library: RegExp]>} */
+  const readers = {
+    glibc: ['readelf', ['-dVW', file], /\(NEEDED\).*\[(.*)\]/g],
+    musl: ['readelf', ['-dVW', file], /\(NEEDED\).*\[(.*)\]/g],
+    win32: ['x86_64-w64-mingw32-objdump', ['-p', file], /DLL Name: (.*)/g],
+    darwin: ['otool', ['-L', file], /^\s+(\/.*?) \(/gm],
+  };
+  const [program, args, library] = readers[kind];
+  const { output } = run(program, args, { env: { ...process.env, LC_ALL: 'C' } });
+  const versions = [...output.matchAll(/Name: ((?:GLIBC|GLIBCXX|CXXABI|GCC)_[\w.]+)/g)];
+  return {
+    libraries: [...output.matchAll(library)].map(([, name]) => name.trim()),
+    versions: [...new Set(versions.map(([, version]) => version))].sort(compareVersions),
+  };
+}
+
+/**
+ * Those of the versions that a system with this glibc, and without libstdc++, lacks.
+ * @param {string} floor
+ * @param {string[]} versions
+ */
+export function newerThan(floor, versions) {
+  const limit = `GLIBC_${floor}`;
+  return versions.filter((v) => !v.startsWith('GLIBC_') || compareVersions(v, limit) > 0);
+}
+
+/** @param {string} a @param {string} b */
+function compareVersions(a, b) {
+  return a.localeCompare(b, 'en', { numeric: true });
+}
+
+/** Writes SHA256SUMS, as `sha256sum --check` reads it. @param {string} folder */
+export function writeChecksums(folder) {
+  const lines = listBinaries(folder).map((name) => {
+    const hash = createHash('sha256').update(readFileSync(path.join(folder, name)));
+    return `${hash.digest('hex')}  ${name.replaceAll(path.sep, '/')}\n`;
+  });
+  writeFileSync(path.join(folder, 'SHA256SUMS'), lines.join(''));
+}
