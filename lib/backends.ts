@@ -58,6 +58,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 
@@ -104,6 +106,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 

@@ -3,7 +3,7 @@
 // can give the event loop its turn between them.
 
 export { jsBackward } from './js-backward';
-export { jsForward } from './js-forward';
+export { jsForward } from './js-samples';
 
 /** The work of one call. Tasks share scratch memory: each runs once, in order. */
 export interface TaskList {

@@ -140,7 +140,8 @@ export class StoredTensor {
     }
   }
 
-  private rowStart(batch: number, head: number, row: number): number {
+  /** Where a row begins, in elements. */
+  rowStart(batch: number, head: number, row: number): number {
     return batch * this.batchStep + head * this.headStep + row * this.rowStep;
   }
 }

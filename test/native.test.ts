@@ -67,7 +67,20 @@ describe('native code checks for itself what it reads and writes', () => {
    */
   function arrays() {
     const inputs = [new Float32Array(192), new Float32Array(160), new Float32Array(120)];
-    return [...inputs, null, null, null, null, new Float32Array(144), null, null, null, null];
+    const moments = [null, null];
+    return [
+      ...inputs,
+      null,
+      null,
+      null,
+      null,
+      new Float32Array(144),
+      null,
+      null,
+      null,
+      null,
+      ...moments,
+    ];
   }
 
   const forwardSync = native.forwardSync as (...values: unknown[]) => void;
@@ -108,7 +121,7 @@ describe('native code checks for itself what it reads and writes', () => {
       3,
       undefined,
     ];
-    for (let i = 0; i < 12; i++) {
+    for (let i = 0; i < 14; i++) {
       for (const array of [...wrong, ...(i < 3 || i === 7 ? [null] : [])]) {
         const given: unknown[] = arrays();
         given[i] = array;

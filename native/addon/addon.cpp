@@ -104,7 +104,7 @@ bool is_sound(const Problem& p) {
   const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
                      p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
                      p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
-                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim &&
+                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim && p.samples <= most &&
                      p.query_heads % p.kv_heads == 0;
   const bool mask =
       p.mask_type == MaskType::none ||
@@ -207,11 +207,12 @@ struct CallArguments {
       throw make_error(env, {StatusCode::unavailable, reason});
     }
     ArrayReader reader(env, values + 2);
+    if (is_backward && problem.samples > 0) fail(env, "header: samples have no backward");
     read_inputs(env, reader);
     if (is_backward) {
       read_backward(reader);
     } else {
-      read_forward(reader);
+      read_forward(env, reader);
     }
   }
 
@@ -250,19 +251,30 @@ struct CallArguments {
     return to.data();
   }
 
-  void read_forward(ArrayReader& reader) {
+  void read_forward(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
-    const auto matrix = [&] {
-      return static_cast<float*>(reader.tensor(napi_float32_array, true, p.batch, p.query_heads,
-                                               p.query_length, p.key_length));
+    const bool has_samples = p.samples > 0;
+    const uint64_t outputs_batch = uint64_t{p.batch} * (has_samples ? p.samples : 1);
+    const bool shares_lse = p.dropout_placement != Placement::scores;
+    const auto floats = [&](uint64_t batch, uint32_t width) {
+      return static_cast<float*>(
+          reader.tensor(napi_float32_array, true, batch, p.query_heads, p.query_length, width));
     };
-    outputs.output = reader.tensor(array_type(p.type), false, p.batch, p.query_heads,
+    outputs.output = reader.tensor(array_type(p.type), has_samples, outputs_batch, p.query_heads,
                                    p.query_length, p.value_dim);
-    outputs.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length));
-    outputs.scores = matrix();
-    outputs.weights = matrix();
-    outputs.dropped_weights = matrix();
+    outputs.lse = floats(shares_lse ? p.batch : outputs_batch, 1);
+    outputs.scores = floats(p.batch, p.key_length);
+    outputs.weights = floats(p.batch, p.key_length);
+    outputs.dropped_weights = floats(p.batch, p.key_length);
+    outputs.mean = floats(p.batch, p.value_dim);
+    outputs.variance = floats(p.batch, p.value_dim);
+    const bool has_matrix = outputs.scores || outputs.weights || outputs.dropped_weights;
+    const bool has_moments = outputs.mean && outputs.variance;
+    if ((outputs.mean || outputs.variance) != has_moments ||
+        (outputs.output != nullptr) == has_moments || (has_moments && !has_samples) ||
+        (has_matrix && has_samples)) {
+      fail(env, "outputs that do not go together");
+    }
   }
 
   void read_backward(ArrayReader& reader) {
@@ -286,7 +298,7 @@ struct CallArguments {
   }
 };
 
-constexpr size_t kForwardArguments = 14, kBackwardArguments = 16;
+constexpr size_t kForwardArguments = 16, kBackwardArguments = 16;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 
