@@ -54,12 +54,44 @@ inline Call call_of_sample(const Call& call, uint32_t sample) {
   return {p, call.inputs, resolve_dropout(p, call.inputs.keep_mask != nullptr)};
 }
 
+/// Outputs of samples are as a rule more than any cache holds, and are not read on the way.
+constexpr size_t kLargestCached = size_t{1} << 22;
+
+/// Copies floats past the caches, in whole lines of them.
+inline void stream_floats(const float* from, size_t count, float* to) {
+  constexpr size_t line = 64;
+  const size_t head =
+      std::min(count, (line - reinterpret_cast<uintptr_t>(to) % line) % line / sizeof(float));
+  std::memcpy(to, from, head * sizeof(float));
+  size_t i = head;
+  for (; i + kLanes <= count; i += kLanes) stream(to + i, load(from + i));
+  std::memcpy(to + i, from + i, (count - i) * sizeof(float));
+  end_streams();
+}
+
+/// Writes a block's context past the caches where its rows follow each other; false elsewhere.
+inline bool stream_context(const Call& call, const QueryBlock& q, void* output,
+                           const ForwardBuffers& f) {
+  const Problem& p = call.problem;
+  const bool consecutive = row_stride(p.layout, p.query_heads, p.value_dim) == p.value_dim;
+  if (p.type != Type::float32 || p.value_dim % kLanes != 0 || !consecutive) return false;
+  const size_t first =
+      row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first);
+  transpose(f.context, kQueryBlock, p.value_dim, kQueryBlock, f.rows, p.value_dim);
+  stream_floats(f.rows, size_t{q.count} * p.value_dim, static_cast<float*>(output) + first);
+  return true;
+}
+
 /// Takes the finished context of a block as part of a sample.
 inline void store_sample(const Call& call, const QueryBlock& q, const SampleResults& results,
                          uint32_t sample, const ForwardBuffers& f) {
   const Problem& p = call.problem;
   const ForwardOutputs out = results.of_sample(sample);
-  if (!results.sums) return store_context(call, q, out, f);
+  if (!results.sums) {
+    const bool streams = output_size(p) * results.problem.samples * sizeof(float) > kLargestCached;
+    if (!streams || !stream_context(call, q, out.output, f)) return store_context(call, q, out, f);
+    return store_lse(p, q, out, f);
+  }
   const size_t width = padded(p.value_dim);
   const size_t first =
       row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first);
