@@ -127,7 +127,8 @@ Status compute(const Backend& backend, const Case& c, Results& r,
   const void* const mask = c.mask.empty() ? nullptr : c.mask.data();
   const Inputs inputs{c.query.data(), c.key.data(), c.value.data(), mask,
                       nullptr,        nullptr,      nullptr};
-  const ForwardOutputs outputs{r.output.data(), r.lse.data(), nullptr, nullptr, nullptr};
+  const ForwardOutputs outputs{r.output.data(), r.lse.data(), nullptr, nullptr,
+                               nullptr,         nullptr,      nullptr};
   const Status status = backend.forward(c.p, inputs, outputs, cancel);
   if (!status.ok()) return status;
   return backend.backward(
