@@ -176,9 +176,7 @@ inline void accumulate_samples(const Call& call, const QueryBlock& q, SampleGrou
       draw_tile(call_of_sample(call, group.first + s), q, tile.first, tile.count,
                 DropRows{f.tile, b.dropped});
       float* const context = b.contexts + s * context_rows * kQueryBlock;
-      add_weighted({values, 1, value_stride, b.dropped, kQueryBlock, context, kQueryBlock,
-                    int(p.value_dim), q.vectors, tile.count},
-                   Weight::b, false);
+      add_values(call, q, tile, values, value_stride, b.dropped, context, false);
     }
   }
 }
