@@ -1,12 +1,26 @@
 // How the tests run: one process a file, so that a native crash ends one file and not the run.
+import { existsSync } from 'node:fs';
+import { join, resolve } from 'node:path';
 import { defineConfig } from 'vitest/config';
+
+const chosen = process.env.NODE_SDPA_PREBUILD;
+const emulated = resolve(chosen ?? 'build', 'emulated');
+const hasEmulatedGpu = existsSync(join(emulated, 'build/Release/libsdpa_cuda.so'));
+
+/** The tests that go through every backend, and those of the GPU alone. */
+const ON_GPU = [
+  'test/cuda/*.test.ts',
+  ...['async', 'conformance', 'dropout', 'kv-cache', 'packed', 'precision'].map(fileOf),
+  ...['properties', 'samples', 'special-values', 'splits', 'workers'].map(fileOf),
+];
+
+function fileOf(name: string): string {
+  return `test/${name}.test.ts`;
+}
 
 export default defineConfig({
   test: {
-    include: ['test/**/*.test.ts'],
     globalSetup: ['test/global-setup.ts'],
-    // A run against a chosen addon proves in every file that it was the one in use.
-    setupFiles: process.env.NODE_SDPA_PREBUILD ? ['tools/prove-binary.ts'] : [],
     pool: 'forks',
     maxWorkers: 2,
     testTimeout: 60_000,
@@ -19,5 +33,31 @@ export default defineConfig({
       reporter: ['text', 'json-summary'],
       thresholds: { statements: 95, branches: 95, functions: 95, lines: 95 },
     },
+    projects: [
+      {
+        extends: true,
+        test: {
+          name: 'cpu',
+          include: ['test/**/*.test.ts'],
+          exclude: ['test/cuda/**'],
+          // A run against a chosen addon proves in every file that it was the one in use.
+          setupFiles: chosen ? ['tools/prove-binary.ts'] : [],
+        },
+      },
+      // The emulated plugin lies beside an addon of its own: see CMakeLists.txt.
+      ...(hasEmulatedGpu
+        ? [
+            {
+              extends: true as const,
+              test: {
+                name: 'cuda',
+                include: ON_GPU,
+                setupFiles: ['tools/prove-binary.ts'],
+                env: { NODE_SDPA_PREBUILD: emulated, SDPA_TEST_BACKENDS: 'cuda' },
+              },
+            },
+          ]
+        : []),
+    ],
   },
 });

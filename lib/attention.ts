@@ -2,12 +2,22 @@
 // as a promise.
 
 import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
-import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
-import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
+import type { Backend } from './backends';
+import { HOST, requireGpu } from './cuda';
+import {
+  abortedError,
+  disposedError,
+  invalidType,
+  type SdpaError,
+  shapeMismatch,
+  unsupported,
+} from './errors';
+import { allocateAt, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
 import {
   type AttentionOptions,
   type BackwardTensors,
   type Call,
+  checkDevice,
   type FloatArray,
   type ForwardOutputs,
   type Inputs,
@@ -26,6 +36,8 @@ import {
   elementCount,
   formatShape,
   readTensor,
+  release,
+  retain,
   type Tensor,
   type TensorLike,
   TensorView,
@@ -232,19 +244,19 @@ export async function scaledDotProductAttention(
 ): Promise<Tensor> {
   const call = resolveCall(query, key, value, options, false);
   throwIfAborted(call.signal);
-  return outputTensor(call, await forward(withStableInputs(call), false));
+  return outputTensor(call, (await forward(withStableInputs(call), false)).outputs);
 }
 
 /** Output and lse of a resolved call, beside the event loop. */
 export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
   throwIfAborted(call.signal);
-  return outputAndLse(call, await forward(withStableInputs(call), true));
+  return outputAndLse(call, (await forward(withStableInputs(call), true)).outputs);
 }
 
 /** As {@link runForward}, on the calling thread. */
 export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
   throwIfAborted(call.signal);
-  return outputAndLse(call, forwardSync(call, true));
+  return outputAndLse(call, forwardSync(call, true).outputs);
 }
 
 function outputAndLse(call: Call, outputs: ForwardOutputs) {
@@ -286,7 +298,7 @@ export function scaledDotProductAttentionSync(
 ): Tensor {
   const call = resolveCall(query, key, value, options, false);
   throwIfAborted(call.signal);
-  return outputTensor(call, forwardSync(call, false));
+  return outputTensor(call, forwardSync(call, false).outputs);
 }
 
 /**
@@ -352,9 +364,16 @@ export async function attentionForward(
 ): Promise<AttentionResult | AttentionMoments> {
   const borrowed = resolveCall(query, key, value, options, true);
   throwIfAborted(borrowed.signal);
-  const call = withStableInputs(borrowed);
-  const outputs = await forward(call, true);
-  return call.outputs & WANTS_MOMENTS ? createMoments(call, outputs) : createResult(call, outputs);
+  if (borrowed.outputs & WANTS_MOMENTS) {
+    return createMoments(await forward(withStableInputs(borrowed), true));
+  }
+  const call = withRetainedInputs(withStableInputs(borrowed));
+  try {
+    return createResult(await forward(call, true));
+  } catch (error) {
+    mapInputs(call, released);
+    throw error;
+  }
 }
 
 /**
@@ -415,9 +434,14 @@ export function attentionForwardSync(
 ): AttentionResult | AttentionMoments {
   const borrowed = resolveCall(query, key, value, options, true);
   throwIfAborted(borrowed.signal);
-  if (borrowed.outputs & WANTS_MOMENTS) return createMoments(borrowed, forwardSync(borrowed, true));
-  const call = withStableInputs(borrowed); // backward reads them again
-  return createResult(call, forwardSync(call, true));
+  if (borrowed.outputs & WANTS_MOMENTS) return createMoments(forwardSync(borrowed, true));
+  const call = withRetainedInputs(withStableInputs(borrowed)); // backward reads them again
+  try {
+    return createResult(forwardSync(call, true));
+  } catch (error) {
+    mapInputs(call, released);
+    throw error;
+  }
 }
 
 /** The arrays of a call, as they are: for calls that return before anyone can change them. */
@@ -437,13 +461,22 @@ function inputsOf(call: Call): Inputs {
 
 /** The same call on memory that the caller cannot take away: tensors not ours are copied. */
 function withStableInputs(call: Call): Call {
+  return mapInputs(call, stable);
+}
+
+/** The same call on tensors that may be disposed of before its `backward`. */
+function withRetainedInputs(call: Call): Call {
+  return mapInputs(call, retain);
+}
+
+function mapInputs(call: Call, change: (view: TensorView) => TensorView): Call {
   return {
     ...call,
-    query: stable(call.query),
-    key: stable(call.key),
-    value: stable(call.value),
-    mask: call.mask === null ? null : stable(call.mask),
-    keepMask: call.keepMask === null ? null : stable(call.keepMask),
+    query: change(call.query),
+    key: change(call.key),
+    value: change(call.value),
+    mask: call.mask === null ? null : change(call.mask),
+    keepMask: call.keepMask === null ? null : change(call.keepMask),
   };
 }
 
@@ -454,40 +487,81 @@ function stable(view: TensorView): TensorView {
 
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
-  const { problem, outputs, outputDims } = call;
+  const { problem, outputs, outputDims, device } = call;
   const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
   const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
-  const moment = () =>
-    wantsMoments ? allocateFloat32(elementCount('output', call.sampleDims)) : null;
-  const whole = () => allocateFloats(problem.type, elementCount('output', outputDims));
+  const floats = (length: number) => allocateAt<Float32Array>(device, FLOAT32, length);
+  const moment = () => (wantsMoments ? floats(elementCount('output', call.sampleDims)) : null);
+  const whole = () =>
+    allocateAt<FloatArray>(device, problem.type, elementCount('output', outputDims));
   return {
     output: wantsMoments ? null : (output ?? whole()),
-    lse: withLse ? allocateFloat32(elementCount('lse', call.lseDims)) : null,
-    scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
-    weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
-    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
+    lse: withLse ? floats(elementCount('lse', call.lseDims)) : null,
+    scores: outputs & WANTS_SCORES ? floats(square) : null,
+    weights: outputs & WANTS_WEIGHTS ? floats(square) : null,
+    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? floats(square) : null,
     mean: moment(),
     variance: moment(),
   };
 }
 
-/** Runs a forward call beside the event loop. Inputs must be stable. */
-async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
-  const { problem, backend, signal, outData } = call;
-  // A stopped call leaves its output half written, so the caller's `out` waits for the end.
-  const isAside = outData !== null && signal !== undefined;
-  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
-  const inputs = inputsOf(call);
-  await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
-  if (!isAside) return outputs;
-  outData.set(outputs.output as FloatArray);
-  return { ...outputs, output: outData };
+/** What a forward call gave, and the call as it was computed: on its fallback where it had to be. */
+interface Computed {
+  readonly call: Call;
+  readonly outputs: ForwardOutputs;
 }
 
-function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
-  const outputs = allocateOutputs(call, call.outData, withLse);
-  call.backend.forwardSync(call.problem, inputsOf(call), outputs);
-  return outputs;
+/** Whether a call that 'auto' has brought to a GPU has to be computed elsewhere. */
+function mayFallBack({ fallback }: Call, error: unknown): boolean {
+  return fallback !== null && (error as SdpaError).code !== 'ERR_SDPA_ABORTED';
+}
+
+function onFallback(call: Call): Call {
+  return { ...call, backend: call.fallback ?? call.backend, fallback: null };
+}
+
+/**
+ * Whether the caller's `out` waits for the end: a stopped call leaves its output half written, and
+ * so does a GPU that fails.
+ */
+function writesAside({ outData, signal, backend }: Call): boolean {
+  return outData !== null && (signal !== undefined || backend.name.startsWith('cuda'));
+}
+
+/** Runs a forward call beside the event loop. Inputs must be stable. */
+async function forward(call: Call, withLse: boolean): Promise<Computed> {
+  const { problem, backend, signal, outData, device } = call;
+  const isAside = writesAside(call);
+  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const inputs = inputsOf(call);
+  try {
+    await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
+  } catch (error) {
+    if (mayFallBack(call, error)) return forward(onFallback(call), withLse);
+    throw error;
+  }
+  if (!isAside) return { call, outputs };
+  const output = outData as FloatArray;
+  if (device === HOST) output.set(outputs.output as FloatArray);
+  else await requireGpu(device).copyAsync(outputs.output, output);
+  return { call, outputs: { ...outputs, output } };
+}
+
+function forwardSync(call: Call, withLse: boolean): Computed {
+  const { problem, backend, outData, device } = call;
+  const isAside = writesAside(call);
+  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  try {
+    backend.forwardSync(problem, inputsOf(call), outputs);
+  } catch (error) {
+    if (mayFallBack(call, error)) return forwardSync(onFallback(call), withLse);
+    throw error;
+  }
+  if (!isAside) return { call, outputs };
+  const output = outData as FloatArray;
+  if (device === HOST) output.set(outputs.output as FloatArray);
+  else requireGpu(device).copySync(outputs.output, output);
+  return { call, outputs: { ...outputs, output } };
 }
 
 /** The output as a tensor: the caller's where there is one. */
@@ -521,23 +595,33 @@ function stoppable(
 /** What `backward` needs of a forward call. */
 interface Saved {
   readonly call: Call;
-  readonly output: FloatArray;
-  readonly lse: Float32Array;
+  readonly output: TensorView;
+  readonly lse: TensorView;
 }
 
-function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
+function createResult({ call, outputs }: Computed): AttentionResult {
   const { problem, backend } = call;
-  const lse = outputs.lse as Float32Array;
   const shape = scoresShape(problem);
   const square = (data: Float32Array | null) =>
     data === null ? undefined : adoptTensor(FLOAT32, data, [...shape]);
-  let saved: Saved | null = { call, output: outputs.output as FloatArray, lse };
+  const output = outputs.output as FloatArray;
+  const lse = outputs.lse as Float32Array;
+  // The tensors of the result may be disposed of before its backward.
+  let saved: Saved | null = {
+    call,
+    output: retain(new TensorView(problem.type, output, call.outputDims, true)),
+    lse: retain(new TensorView(FLOAT32, lse, call.lseDims, true)),
+  };
   const stillSaved = () => {
     if (saved === null) throw disposedError('AttentionResult');
     if (problem.samples > 0) throw noBackward(problem.samples);
     return saved;
   };
   const dispose = () => {
+    if (saved === null) return;
+    mapInputs(saved.call, released);
+    release(saved.output);
+    release(saved.lse);
     saved = null;
   };
   return {
@@ -555,6 +639,11 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   };
 }
 
+function released(view: TensorView): TensorView {
+  release(view);
+  return view;
+}
+
 function noBackward(samples: number): Error {
   const expected =
     'none for a forward call with samples: for the gradient of a sample, call attentionForward ' +
@@ -562,8 +651,8 @@ function noBackward(samples: number): Error {
   return unsupported('backward', expected, `samples: ${samples}`);
 }
 
-function createMoments(call: Call, outputs: ForwardOutputs): AttentionMoments {
-  const { problem, backend } = call;
+function createMoments({ call, outputs }: Computed): AttentionMoments {
+  const { backend } = call;
   const tensor = (data: Float32Array | null, dims: readonly number[]) =>
     adoptTensor(FLOAT32, data as Float32Array, [...dims]);
   return {
@@ -593,9 +682,16 @@ async function backward(
   throwIfAborted(signal);
   const gradOutput = stable(readGradOutput(call, gradOutputLike));
   const tensors = allocateGradients(saved, gradOutput);
-  const { problem, backend } = call;
+  const { problem, backend, fallback } = call;
   const inputs = inputsOf(call);
-  await stoppable(signal, (cancel) => backend.backward(problem, inputs, tensors, cancel));
+  const run = (on: Backend) =>
+    stoppable(signal, (cancel) => on.backward(problem, inputs, tensors, cancel));
+  try {
+    await run(backend);
+  } catch (error) {
+    if (fallback === null || !mayFallBack(call, error)) throw error;
+    await run(fallback);
+  }
   return toGradients(call, tensors);
 }
 
@@ -603,7 +699,13 @@ function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): 
   const { call } = saved;
   throwIfAborted(readBackwardSignal(options));
   const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
-  call.backend.backwardSync(call.problem, inputsOf(call), tensors);
+  const { problem, backend, fallback } = call;
+  try {
+    backend.backwardSync(problem, inputsOf(call), tensors);
+  } catch (error) {
+    if (fallback === null || !mayFallBack(call, error)) throw error;
+    fallback.backwardSync(problem, inputsOf(call), tensors);
+  }
   return toGradients(call, tensors);
 }
 
@@ -629,20 +731,23 @@ function readGradOutput(call: Call, value: unknown): TensorView {
     throw shapeMismatch('gradOutput', expected, formatShape(gradOutput.dims));
   }
   checkLength('gradOutput', gradOutput);
+  checkDevice('gradOutput', gradOutput, call.device);
   return gradOutput;
 }
 
 function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
-  const { query, key, value, mask, problem } = saved.call;
+  const { query, key, value, mask, device } = saved.call;
   const hasBias = mask !== null && mask.type !== BOOL;
+  const like = (view: TensorView) =>
+    allocateAt<FloatArray>(device, view.type, elementCount('gradient', view.dims));
   return {
-    output: saved.output,
-    lse: saved.lse,
+    output: saved.output.data as FloatArray,
+    lse: saved.lse.data as Float32Array,
     gradOutput: gradOutput.data as FloatArray,
-    gradQuery: allocateFloats(problem.type, query.data.length),
-    gradKey: allocateFloats(problem.type, key.data.length),
-    gradValue: allocateFloats(problem.type, value.data.length),
-    gradMask: hasBias ? allocateFloats(mask.type, mask.data.length) : null,
+    gradQuery: like(query),
+    gradKey: like(key),
+    gradValue: like(value),
+    gradMask: hasBias ? like(mask) : null,
   };
 }
 

@@ -1,8 +1,9 @@
 // What computes here and why: backendInfo for people who wonder, setNumThreads for those who know.
 
 import { checkInteger } from './arguments';
-import { listCandidates, MOST_THREADS } from './backends';
+import { applyEnvironment, listCandidates, MOST_THREADS } from './backends';
 import { loadBinding } from './binding';
+import { deviceName, openCuda } from './cuda';
 import type { SdpaErrorCode } from './errors';
 import type { BackendName } from './problem';
 import { PACKAGE_VERSION } from './version';
@@ -15,9 +16,10 @@ import { PACKAGE_VERSION } from './version';
  * import { backendInfo } from 'node-sdpa';
  * import assert from 'node:assert';
  * const cuda = backendInfo().tried.find(({ backend }) => backend === 'cuda');
- * assert.strictEqual(cuda.ok, false);
- * assert.strictEqual(cuda.code, 'ERR_SDPA_BACKEND_UNAVAILABLE');
- * assert.match(cuda.reason, /no CUDA backend/);
+ * if (!cuda.ok) {
+ *   assert.strictEqual(cuda.code, 'ERR_SDPA_BACKEND_UNAVAILABLE');
+ *   assert.match(cuda.reason, /^cuda: /); // no driver, no GPU, ...
+ * }
  * ```
  */
 export interface TriedBackend {
@@ -29,6 +31,34 @@ export interface TriedBackend {
   readonly code?: SdpaErrorCode;
   /** Why it cannot, and what to do about it */
   readonly reason?: string;
+}
+
+/**
+ * A GPU that can compute here, and how much of its memory this process has taken.
+ *
+ * @example
+ * ```js
+ * import { backendInfo } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * for (const { usedBytes, cachedBytes, limitBytes } of backendInfo().gpus) {
+ *   assert.ok(usedBytes + cachedBytes <= limitBytes);
+ * }
+ * ```
+ */
+export interface GpuInfo {
+  /** A name for the option `backend`, and a tensor's `location` */
+  readonly backend: BackendName;
+  /** As its maker calls it */
+  readonly name: string;
+  /** Such as 9 for Hopper */
+  readonly computeCapability: number;
+  readonly memoryBytes: number;
+  /** Held by tensors and running calls */
+  readonly usedBytes: number;
+  /** Kept for the next ones */
+  readonly cachedBytes: number;
+  /** Of both together: SDPA_CUDA_MEMORY_LIMIT, or all that the GPU has */
+  readonly limitBytes: number;
 }
 
 /**
@@ -44,7 +74,10 @@ export interface TriedBackend {
  * ```
  */
 export interface BackendInfo {
-  /** What `backend: 'auto'` means here; null where SDPA_BACKEND names one that cannot run */
+  /**
+   * What `backend: 'auto'` means here, but for calls that are worth the way to a GPU; null where
+   * SDPA_BACKEND names one that cannot run
+   */
   readonly selected: string | null;
   /** The instruction set of a selected CPU backend, such as `'avx2'`; null for others */
   readonly isa: string | null;
@@ -56,13 +89,16 @@ export interface BackendInfo {
   readonly version: string;
   /** All backends, best first */
   readonly tried: readonly TriedBackend[];
+  /** The GPUs that can be used */
+  readonly gpus: readonly GpuInfo[];
 }
 
 /**
- * Says which backend computes, and what was tried and why it was passed over.
+ * Says which backend computes, and what was tried and why it was passed over. Looks for GPUs, if
+ * nothing has done so before.
  *
- * @throws RangeError `ERR_SDPA_INVALID_ARG_VALUE`: SDPA_BACKEND, SDPA_CPU_ISA or SDPA_NUM_THREADS
- *   has a value that means nothing
+ * @throws RangeError `ERR_SDPA_INVALID_ARG_VALUE`: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS or
+ *   SDPA_CUDA_MEMORY_LIMIT has a value that means nothing
  *
  * @example
  * ```js
@@ -88,7 +124,18 @@ export function backendInfo(): BackendInfo {
         ? { backend: name as BackendName, ok: true }
         : { backend: name as BackendName, ok: false, code: error.code, reason: error.message },
     ),
+    gpus: listGpus(),
   };
+}
+
+function listGpus(): GpuInfo[] {
+  const { native } = loadBinding();
+  if (native === null) return [];
+  return openCuda().gpus.flatMap(({ error, ...gpu }, device) =>
+    error === null
+      ? [{ backend: deviceName(device) as BackendName, ...gpu, ...native.deviceMemoryUse(device) }]
+      : [],
+  );
 }
 
 /**
@@ -110,6 +157,6 @@ export function backendInfo(): BackendInfo {
  */
 export function setNumThreads(count: number): void {
   checkInteger('count', count, 1, MOST_THREADS);
-  listCandidates(); // applies SDPA_NUM_THREADS first, so that it does not undo this later
+  applyEnvironment(); // applies SDPA_NUM_THREADS first, so that it does not undo this later
   loadBinding().native?.setNumThreads(count);
 }

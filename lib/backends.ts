@@ -3,8 +3,10 @@
 import { availableParallelism } from 'node:os';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { wrongWord } from './arguments';
-import { debug, loadBinding, type NativeBinding, NO_CUDA } from './binding';
-import { invalidValue, type SdpaError, sdpaError } from './errors';
+import { debug, loadBinding, type NativeBinding } from './binding';
+import { mayPreferGpu, prefersGpu } from './cost-model';
+import { deviceName, findGpu, HOST, openCuda, parseDevice } from './cuda';
+import { invalidValue, type SdpaError, sdpaError, wrongLocation } from './errors';
 import { jsBackward, jsForward, type TaskList } from './js-backend';
 import { fillKeepMask } from './js-dropout';
 import type { BackwardTensors, ForwardOutputs, Inputs, Problem } from './problem-header';
@@ -34,13 +36,17 @@ export interface Backend {
 /** Synchronous calls share one header: it is read before the call returns. */
 const sharedHeader = new Float64Array(PROBLEM_FIELDS.length);
 
-/** One of the native addon's backends. */
+/** One of the native addon's backends: of its list, or a GPU behind that. */
 class NativeBackend implements Backend {
   constructor(
     readonly name: string,
     private readonly native: NativeBinding,
     private readonly index: number,
   ) {}
+
+  static ofGpu(native: NativeBinding, device: number): NativeBackend {
+    return new NativeBackend(deviceName(device), native, native.backends.length + device);
+  }
 
   forwardSync(problem: Problem, inputs: Inputs, outputs: ForwardOutputs): void {
     this.native.forwardSync(
@@ -151,7 +157,8 @@ class NativeBackend implements Backend {
   }
 
   dropoutMask(problem: Problem, mask: Uint8Array): void {
-    this.native.dropoutMask(encodeProblem(problem, sharedHeader), mask);
+    const device = Math.max(this.index - this.native.backends.length, HOST);
+    this.native.dropoutMask(encodeProblem(problem, sharedHeader), device, mask);
   }
 }
 
@@ -189,18 +196,20 @@ async function runInSlices(tasks: TaskList, cancel: Int32Array | null): Promise<
 
 /** One backend, and whether it can run here. */
 export interface Candidate {
-  /** 'cuda', 'cpu:avx2', ..., 'js'; 'cpu' for all native ones where no binary loads */
+  /** 'cuda', 'cuda:1', 'cpu:avx2', ..., 'js'; 'cpu' for all native ones where no binary loads */
   readonly name: string;
   readonly backend: Backend | null;
   /** Why there is no backend */
   readonly error: SdpaError | null;
 }
 
-/** All candidates, best first, and what the short names mean. */
+/** All candidates but GPUs, best first, and what the short names mean. */
 interface Selection {
   readonly candidates: readonly Candidate[];
   readonly auto: Candidate;
   readonly cpu: Candidate;
+  /** Whether 'auto' may go to a GPU instead */
+  readonly isFree: boolean;
 }
 
 const ISA_NAMES = ['avx2', 'avx512', 'amx', 'neon', 'portable'];
@@ -209,7 +218,7 @@ export const MOST_THREADS = 256;
 
 let selection: Selection | undefined;
 
-/** The backend that a name means; throws where it cannot run here, with the reason. */
+/** The backend that a name means, 'auto' the one without a GPU; throws where it cannot run here, with the reason. */
 export function selectBackend(name: unknown): Backend {
   const { backend, error } = findCandidate(name);
   if (backend === null) throw error;
@@ -218,14 +227,87 @@ export function selectBackend(name: unknown): Backend {
 
 function findCandidate(name: unknown): Candidate {
   selection ??= readSelection();
-  if (name === undefined || name === 'auto') return selection.auto;
+  if (isAuto(name)) return selection.auto;
   return findNamed('backend', name, selection.candidates, selection.cpu);
 }
 
-/** Every backend that was looked at, and the one that 'auto' means. */
+function isAuto(name: unknown): boolean {
+  return name === undefined || name === 'auto';
+}
+
+/** What computes a call, and what does where that fails. */
+interface Chosen {
+  readonly backend: Backend;
+  readonly fallback: Backend | null;
+}
+
+/**
+ * The backend for a call: a name's, or for 'auto' the GPU that its tensors are on, or the one that
+ * gives the result soonest.
+ *
+ * @param device - where its tensors are: HOST, or the number of a GPU
+ * @param mayCopy - whether 'auto' may take it to a GPU: not with all that a cache holds
+ */
+export function selectForCall(
+  name: unknown,
+  problem: Problem,
+  device: number,
+  mayCopy: boolean,
+): Chosen {
+  if (device !== HOST) return { backend: gpuOfTensors(name, device), fallback: null };
+  selection ??= readSelection();
+  if (isAuto(name) && selection.isFree && mayCopy) {
+    const gpu = gpuWorthTheWay(problem, selection.auto);
+    if (gpu !== null) return { backend: gpu, fallback: selection.auto.backend };
+  }
+  return { backend: selectBackend(name), fallback: null };
+}
+
+function gpuOfTensors(name: unknown, device: number): Backend {
+  if (!isAuto(name) && name !== 'cuda' && parseDevice(name) !== device) {
+    findCandidate(name); // an unknown name is the greater mistake
+    const expected = `"${deviceName(device)}" or "auto" for tensors that are there`;
+    throw wrongLocation('backend', expected, JSON.stringify(name));
+  }
+  const { backend, error } = gpuCandidate(device);
+  if (backend === null) throw error;
+  return backend;
+}
+
+/** The largest head dim that GPUs have a backward pass for: 'auto' does not begin what it cannot end. */
+const LARGEST_GPU_DIM = 256;
+
+function gpuWorthTheWay(problem: Problem, { name }: Candidate): Backend | null {
+  if (Math.max(problem.headDim, problem.valueDim) > LARGEST_GPU_DIM) return null;
+  const threads = loadBinding().native?.getNumThreads() ?? 1;
+  if (!mayPreferGpu(problem, name, threads)) return null;
+  const { backend } = gpuCandidate(0);
+  return backend !== null && prefersGpu(problem, name, threads) ? backend : null;
+}
+
+/** Reads the environment where no call has done so yet. */
+export function applyEnvironment(): void {
+  selection ??= readSelection();
+}
+
+/** Every backend there is, best first, and the one that 'auto' means for a call not worth a GPU. */
 export function listCandidates(): { candidates: readonly Candidate[]; auto: Candidate } {
   selection ??= readSelection();
-  return selection;
+  const gpus = openCuda().gpus.map((_, device) => gpuCandidate(device));
+  const cuda = gpus.length > 0 ? gpus : [gpuCandidate(0)];
+  return { candidates: [...cuda, ...selection.candidates], auto: selection.auto };
+}
+
+const gpuBackends = new Map<number, Backend>();
+
+function gpuCandidate(device: number): Candidate {
+  const name = deviceName(device);
+  const { error } = findGpu(device);
+  const { native } = loadBinding();
+  if (error !== null || native === null) return { name, backend: null, error };
+  const backend = gpuBackends.get(device) ?? NativeBackend.ofGpu(native, device);
+  gpuBackends.set(device, backend);
+  return { name, backend, error: null };
 }
 
 /** Reads the environment, once: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS. */
@@ -236,7 +318,8 @@ function readSelection(): Selection {
   const cpu = chooseCpu(SDPA_CPU_ISA, candidates);
   const auto = chooseAuto(SDPA_BACKEND, candidates, cpu);
   debug('auto is %s', auto.backend?.name ?? auto.error?.message);
-  return { candidates, auto, cpu };
+  const isFree = isUnset(SDPA_BACKEND) && auto.name.startsWith('cpu:');
+  return { candidates, auto, cpu, isFree };
 }
 
 /**
@@ -259,15 +342,14 @@ function defaultThreads(): number {
 
 function listAll(): Candidate[] {
   const { native, error } = loadBinding();
-  const cuda = { name: 'cuda', backend: null, error: unavailable(NO_CUDA) };
   const js = { name: 'js', backend: jsBackend, error: null };
-  if (native === null) return [cuda, { name: 'cpu', backend: null, error }, js];
+  if (native === null) return [{ name: 'cpu', backend: null, error }, js];
   const cpus = native.backends.map(({ name, available, reason }, index) => ({
     name,
     backend: available ? new NativeBackend(name, native, index) : null,
     error: available ? null : unavailable(`${name}: ${reason}`),
   }));
-  return [cuda, ...cpus, js];
+  return [...cpus, js];
 }
 
 function unavailable(message: string, cause?: Error): SdpaError {
@@ -290,10 +372,14 @@ function chooseAuto(
   candidates: readonly Candidate[],
   cpu: Candidate,
 ): Candidate {
-  if (name !== undefined && name !== '' && name !== 'auto') {
+  if (!isUnset(name)) {
     return findNamed('SDPA_BACKEND', name, candidates, cpu);
   }
   return loadBinding().native === null ? findExact('js', candidates) : cpu;
+}
+
+function isUnset(name: string | undefined): boolean {
+  return name === undefined || name === '' || name === 'auto';
 }
 
 function findNamed(
@@ -303,6 +389,8 @@ function findNamed(
   cpu: Candidate,
 ): Candidate {
   if (name === 'cpu') return cpu;
+  const device = parseDevice(name);
+  if (device !== undefined) return gpuCandidate(device);
   if (typeof name !== 'string' || !BACKEND_NAMES.includes(name)) {
     throw wrongWord(argument, name, BACKEND_NAMES);
   }

@@ -17,8 +17,17 @@ import {
 import { PROBLEM_FIELDS } from './problem-header';
 import { PACKAGE_VERSION } from './version';
 
-/** An array that a native call reads or writes; null where the call has none. */
-type ArrayOrNull = Float32Array | Uint16Array | Uint8Array | Int32Array | null;
+/** Memory of a GPU, made by the addon. Its finalizer frees it where nobody has released it. */
+export interface DeviceMemory {
+  readonly device: number;
+  readonly bytes: number;
+}
+
+/**
+ * An array that a native call reads or writes; null where the call has none. Tensors are typed arrays
+ * all, or memory of the GPU that computes.
+ */
+type ArrayOrNull = Float32Array | Uint16Array | Uint8Array | Int32Array | DeviceMemory | null;
 
 /** What a call reads, from queryStarts to kvLengths; then what is written. */
 type ForwardArrays = [
@@ -64,7 +73,7 @@ type BackwardArrays = [
 
 /**
  * The exports of native/addon/addon.cpp. `header` is an encoded Problem, `backend` an index into
- * `backends`. Arrays of an Async call must be views of SharedArrayBuffers.
+ * `backends`, or their number and a GPU's. Arrays of an Async call must be views of SharedArrayBuffers.
  */
 export interface NativeBinding {
   /** Version of the package that the binary was built from */
@@ -88,8 +97,25 @@ export interface NativeBinding {
     backend: number,
     ...arrays: BackwardArrays
   ): Promise<void>;
-  /** Writes 1 where the dropout of the header keeps, 0 where it drops */
-  dropoutMask(header: Float64Array, mask: Uint8Array): void;
+  /** Writes 1 where the dropout of the header keeps, 0 where it drops; on a GPU, or -1 */
+  dropoutMask(header: Float64Array, device: number, mask: Uint8Array): void;
+  /** Opens the plugin at a path, once in the process; `reason` is empty where it can be used */
+  openCuda(
+    path: string,
+    memoryLimit: number,
+  ): {
+    reason: string;
+    devices: { name: string; computeCapability: number; memoryBytes: number; reason: string }[];
+  };
+  deviceAllocate(device: number, bytes: number): DeviceMemory;
+  /** A further object for the same memory, which lives until the last of them is released */
+  deviceShare(memory: DeviceMemory): DeviceMemory;
+  /** Running calls keep what they use */
+  deviceRelease(memory: DeviceMemory): void;
+  deviceMemoryUse(device: number): { usedBytes: number; cachedBytes: number; limitBytes: number };
+  /** From an array to a GPU, back, or between GPUs; both of as many bytes */
+  copySync(from: ArrayOrNull, to: ArrayOrNull): void;
+  copyAsync(from: ArrayOrNull, to: ArrayOrNull): Promise<void>;
   setNumThreads(count: number): void;
   /** 0 until the first setNumThreads in the process */
   getNumThreads(): number;
@@ -107,9 +133,6 @@ export interface LoadedBinding {
 }
 
 const NEEDED_NODE_API = 9;
-
-/** Why the cuda backend cannot be had. */
-export const NO_CUDA = 'cuda: this version of node-sdpa has no CUDA backend; use "cpu" or "auto"';
 
 /** Where this code lies; a bundle for ES modules has no such name. */
 const HERE = typeof __dirname === 'string' ? __dirname : process.cwd();

@@ -15,7 +15,9 @@
  * | `ERR_SDPA_QUEUE_FULL` | Error | too many asynchronous calls wait already |
  * | `ERR_SDPA_ABORTED` | Error | the call's AbortSignal fired; `cause` is its reason |
  * | `ERR_SDPA_DISPOSED` | Error | a tensor or result was used after `dispose()` |
- * | `ERR_SDPA_OUT_OF_MEMORY` | Error | memory for a result could not be had |
+ * | `ERR_SDPA_OUT_OF_MEMORY` | Error | memory for a result, here or on a GPU, could not be had |
+ * | `ERR_SDPA_WRONG_LOCATION` | RangeError | a tensor is on another device than is needed |
+ * | `ERR_SDPA_DEVICE_LOST` | Error | the GPU failed; this process cannot use it any more |
  * | `ERR_SDPA_INTERNAL` | Error | a fault of this package: please report it |
  *
  * @example
@@ -42,6 +44,8 @@ export type SdpaErrorCode =
   | 'ERR_SDPA_ABORTED'
   | 'ERR_SDPA_DISPOSED'
   | 'ERR_SDPA_OUT_OF_MEMORY'
+  | 'ERR_SDPA_WRONG_LOCATION'
+  | 'ERR_SDPA_DEVICE_LOST'
   | 'ERR_SDPA_INTERNAL';
 
 /**
@@ -101,6 +105,12 @@ export function shapeMismatch(argument: string, expected: string, got: string): 
 export function unsupported(argument: string, expected: string, got: string): SdpaError {
   const message = `${argument}: expected ${expected}, got ${got}`;
   return withCode(new RangeError(message), 'ERR_SDPA_UNSUPPORTED');
+}
+
+/** A tensor on another device than is needed: RangeError `ERR_SDPA_WRONG_LOCATION`. */
+export function wrongLocation(argument: string, expected: string, got: string): SdpaError {
+  const message = `${argument}: expected ${expected}, got ${got}`;
+  return withCode(new RangeError(message), 'ERR_SDPA_WRONG_LOCATION');
 }
 
 /** An operational error, whose cause is not an argument: Error with the given code. */

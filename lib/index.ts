@@ -13,8 +13,9 @@ export {
   scaledDotProductAttention,
   scaledDotProductAttentionSync,
 } from './attention';
-export type { BackendInfo, TriedBackend } from './backend-info';
+export type { BackendInfo, GpuInfo, TriedBackend } from './backend-info';
 export { backendInfo, setNumThreads } from './backend-info';
+export type { Location } from './cuda';
 export type { DropoutMaskOptions } from './dropout-mask';
 export { dropoutMask } from './dropout-mask';
 export type { SdpaError, SdpaErrorCode } from './errors';

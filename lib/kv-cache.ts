@@ -10,7 +10,6 @@ import {
   wrongWord,
 } from './arguments';
 import { runForward, runForwardSync } from './attention';
-import { NO_CUDA } from './binding';
 import { BlockPool, type BlockShape, type SourceRows } from './block-pool';
 import {
   disposedError,
@@ -37,7 +36,7 @@ import {
   checkLength,
   elementCount,
   formatShape,
-  readTensor,
+  readHostTensor,
   type TensorLike,
   TensorView,
   TYPE_NAMES,
@@ -74,7 +73,7 @@ export interface KVCachePoolOptions {
   readonly valueDim?: number;
   /** What keys and values are stored as. Default: `'float32'` */
   readonly type?: CacheType;
-  /** Where they are: only `'cpu'` in this version. Default: `'cpu'` */
+  /** Where they are: only `'cpu'` in this version, whatever computes. Default: `'cpu'` */
   readonly device?: 'cpu' | 'cuda';
 }
 
@@ -106,7 +105,7 @@ export interface KVCacheOptions {
   readonly valueDim?: number;
   /** What keys and values are stored as. Default: `'float32'` */
   readonly type?: CacheType;
-  /** Where they are: only `'cpu'` in this version. Default: `'cpu'` */
+  /** Where they are: only `'cpu'` in this version, whatever computes. Default: `'cpu'` */
   readonly device?: 'cpu' | 'cuda';
 }
 
@@ -332,7 +331,10 @@ function readShape(
 ): BlockShape {
   const { kvHeads, headDim, type, device } = options;
   const { valueDim = headDim } = options;
-  if (device === 'cuda') throw sdpaError('ERR_SDPA_BACKEND_UNAVAILABLE', NO_CUDA);
+  if (device === 'cuda') {
+    const message = 'device: caches are in host memory in this version, got "cuda"';
+    throw sdpaError('ERR_SDPA_BACKEND_UNAVAILABLE', message);
+  }
   if (device !== undefined && device !== 'cpu') throw wrongWord('device', device, ['cpu', 'cuda']);
   return {
     kvHeads: checkInteger('kvHeads', kvHeads, 1, LARGEST_INT32),
@@ -477,8 +479,8 @@ export class KVCache {
     checkOptionNames(options, APPEND_NAMES);
     const { sequences: chosen, lengths: givenLengths } = options;
     const headsInside = checkWord('layout', options.layout, LAYOUTS) === 1;
-    const keys = readTensor('key', key);
-    const values = readTensor('value', value);
+    const keys = readHostTensor('key', key);
+    const values = readHostTensor('value', value);
     const numbers = readSequences(chosen, this.batch, false);
     const length = this.#checkRows(keys, values, numbers.length, headsInside);
     const lengths = readLengths(givenLengths, numbers.length, length);

@@ -1,7 +1,8 @@
 // Memory for tensors: shared with the native threads, and counted by the garbage collector.
 
 import { constants } from 'node:buffer';
-import { loadBinding } from './binding';
+import { type DeviceMemory, loadBinding } from './binding';
+import { HOST, requireGpu } from './cuda';
 import { sdpaError } from './errors';
 import type { FloatArray } from './problem-header';
 
@@ -10,6 +11,8 @@ export const FLOAT32 = 0;
 export const FLOAT16 = 1;
 export const BFLOAT16 = 2;
 export const BOOL = 3;
+
+const BYTES = [4, 2, 2, 1];
 
 type TensorArray = Float32Array | Uint16Array | Uint8Array;
 
@@ -31,6 +34,28 @@ export function allocate(type: number, length: number): TensorArray {
 /** Makes `length` zeros of a floating-point type. */
 export function allocateFloats(type: number, length: number): FloatArray {
   return allocate(type, length) as FloatArray;
+}
+
+/**
+ * Makes room for `length` elements on a device: zeros in host memory, or anything in a GPU's.
+ *
+ * Nothing but native code can tell the two apart: what is on a GPU passes for an array, on its way
+ * from here to a call and a tensor.
+ */
+export function allocateAt<T extends TensorArray>(device: number, type: number, length: number): T {
+  if (device === HOST) return allocate(type, length) as T;
+  const memory = requireGpu(device).deviceAllocate(device, length * BYTES[type]);
+  return memory as unknown as T;
+}
+
+/** Whether elements are in memory of a GPU. */
+export function isOnDevice(data: TensorArray | DeviceMemory): data is DeviceMemory {
+  return !ArrayBuffer.isView(data);
+}
+
+/** Where elements are: HOST, or the number of a GPU. */
+export function deviceOf(data: TensorArray | DeviceMemory): number {
+  return isOnDevice(data) ? data.device : HOST;
 }
 
 /** Makes `length` float32 zeros. */

@@ -10,7 +10,7 @@ import {
   adoptTensor,
   checkLength,
   formatShape,
-  readTensor,
+  readHostTensor,
   type Tensor,
   type TensorLike,
   type TensorView,
@@ -164,8 +164,8 @@ function readPart(part: unknown, i: number): PartView {
   if (typeof part !== 'object' || part === null) {
     throw invalidType(`parts[${i}]`, 'an object {output, lse}', describe(part));
   }
-  const output = readTensor(`parts[${i}].output`, (part as AttentionPart).output);
-  const lse = readTensor(`parts[${i}].lse`, (part as AttentionPart).lse);
+  const output = readHostTensor(`parts[${i}].output`, (part as AttentionPart).output);
+  const lse = readHostTensor(`parts[${i}].lse`, (part as AttentionPart).lse);
   if (output.type === BOOL) {
     throw invalidType(`parts[${i}].output`, 'float32, float16 or bfloat16 elements', 'bool');
   }

@@ -15,7 +15,8 @@ import {
   highWord,
   lowWord,
 } from './arguments';
-import { type Backend, selectBackend } from './backends';
+import { type Backend, selectForCall } from './backends';
+import { deviceName, HOST } from './cuda';
 import {
   invalidType,
   invalidValue,
@@ -23,15 +24,17 @@ import {
   typeError,
   unsupported,
   valueError,
+  wrongLocation,
 } from './errors';
 import { checkGenerator, draw, type Generator } from './generator';
-import { allocateInt32, BOOL, FLOAT32 } from './memory';
+import { allocateInt32, BOOL, FLOAT32, isOnDevice } from './memory';
 import type { FloatArray, Problem, Sequences } from './problem-header';
 import {
   checkLength,
   elementCount,
   formatShape,
   isTensor,
+  readHostTensor,
   readTensor,
   type Tensor,
   type TensorLike,
@@ -124,7 +127,9 @@ export type Precision = 'highest' | 'high' | 'medium';
 
 /**
  * What computes. `'auto'`: the best that runs here, with JavaScript as the last resort (or what
- * the variable SDPA_BACKEND names); `'cpu'`: the best native CPU backend (or the one that
+ * the variable SDPA_BACKEND names); a GPU where the tensors are on one, or where arrays in host memory
+ * are worth the way there; `'cuda'`: the GPU that the tensors are on, or the first; `'cuda:1'` and so
+ * on: a GPU by its number; `'cpu'`: the best native CPU backend (or the one that
  * SDPA_CPU_ISA names); the others are taken at their word, and are an error where unavailable.
  *
  * @example
@@ -140,6 +145,7 @@ export type BackendName =
   | 'auto'
   | 'cpu'
   | 'cuda'
+  | `cuda:${number}`
   | 'js'
   | 'cpu:amx'
   | 'cpu:avx512'
@@ -352,6 +358,10 @@ export interface MomentsOptions extends Omit<AttentionOptions, 'moments' | 'out'
 export interface Call {
   readonly problem: Problem;
   readonly backend: Backend;
+  /** What computes in its place where it fails: for a GPU that `'auto'` has chosen */
+  readonly fallback: Backend | null;
+  /** Where all tensors are: HOST, or the number of a GPU */
+  readonly device: number;
   readonly query: TensorView;
   readonly key: TensorView;
   readonly value: TensorView;
@@ -463,10 +473,12 @@ export function resolveCall(
   const value = readTensor('value', valueLike);
   const mask = given.attnMask === undefined ? null : readTensor('attnMask', given.attnMask);
   const keepMask = given.keepMask === undefined ? null : readTensor('keepMask', given.keepMask);
+  const inputs = [query, key, value, mask, keepMask];
 
   const problem = newProblem();
   problem.layout = checkWord('layout', given.layout, LAYOUTS);
   problem.precision = checkWord('precision', given.precision, PRECISIONS);
+  const device = commonDevice(inputs);
   resolveTypes(problem, query, key, value);
   const enableGqa = checkBoolean('enableGqa', given.enableGqa, false);
   const isPacked = given.cuSeqlens !== undefined;
@@ -486,7 +498,7 @@ export function resolveCall(
     throw unsupported('outputs', 'none but "lse" together with cuSeqlens', describe(given.outputs));
   }
   const signal = checkSignal('signal', given.signal);
-  const backend = selectBackend(given.backend);
+  const chosen = selectForCall(given.backend, problem, device, true);
 
   checkLength('query', query);
   checkLength('key', key);
@@ -496,14 +508,12 @@ export function resolveCall(
   const sampleDims = sampleShape(problem, sequences);
   const outputDims = outputShape(problem, sampleDims);
   const { out } = given;
-  const outData =
-    out === undefined
-      ? null
-      : readOut(out, problem, outputDims, [query, key, value, mask, keepMask]);
+  const outData = out === undefined ? null : readOut(out, problem, outputDims, inputs);
   resolveSeed(problem, given, isDropping && keepMask === null);
   return {
     problem: Object.freeze(problem),
-    backend,
+    ...chosen,
+    device,
     query,
     key,
     value,
@@ -547,7 +557,7 @@ export function resolveCachedCall(
   const copy = copyOptions(options);
   const { isCausal = true, causalOffset = 'bottom-right' } = copy;
   const given: Given = { ...copy, isCausal, causalOffset };
-  const query = readTensor('query', queryLike);
+  const query = readHostTensor('query', queryLike);
   const problem = newProblem();
   problem.layout = checkWord('layout', given.layout, LAYOUTS);
   problem.precision = checkWord('precision', given.precision, PRECISIONS);
@@ -558,7 +568,7 @@ export function resolveCachedCall(
   resolveShard(problem, given);
   const isDropping = resolveDropout(problem, given, null);
   const signal = checkSignal('signal', given.signal);
-  const backend = selectBackend(given.backend);
+  const chosen = selectForCall(given.backend, problem, HOST, false);
   checkLength('query', query);
   const sampleDims = sampleShape(problem, null);
   const outputDims = outputShape(problem, sampleDims);
@@ -571,7 +581,8 @@ export function resolveCachedCall(
       : causalOffsets;
   return {
     problem: Object.freeze(problem),
-    backend,
+    ...chosen,
+    device: HOST,
     query,
     key,
     value,
@@ -664,6 +675,22 @@ export function newProblem(): Draft {
     precision: 0,
     samples: 0,
   };
+}
+
+/** All tensors of a call are at one place. */
+function commonDevice(inputs: readonly (TensorView | null)[]): number {
+  const { device } = inputs[0] as TensorView;
+  inputs.forEach((input, i) => {
+    if (input !== null) checkDevice(INPUT_NAMES[i], input, device);
+  });
+  return device;
+}
+
+/** Requires a tensor to be where the query is. */
+export function checkDevice(argument: string, view: TensorView, device: number): void {
+  if (view.device === device) return;
+  const expected = `a tensor on ${deviceName(device)}, as query (to() moves one)`;
+  throw wrongLocation(argument, expected, `one on ${deviceName(view.device)}`);
 }
 
 /** query, key and value share one floating-point type. */
@@ -1145,6 +1172,7 @@ function readOut(
     throw shapeMismatch('out', formatShape(outputDims), formatShape(out.dims));
   }
   checkLength('out', out);
+  checkDevice('out', out, (inputs[0] as TensorView).device);
   for (let i = 0; i < inputs.length; i++) {
     const input = inputs[i];
     if (input !== null && overlaps(out.data, input.data)) {
@@ -1157,6 +1185,7 @@ function readOut(
 const INPUT_NAMES = ['query', 'key', 'value', 'attnMask', 'keepMask'];
 
 function overlaps(a: TensorView['data'], b: TensorView['data']): boolean {
+  if (isOnDevice(a)) return a === b;
   return (
     a.buffer === b.buffer &&
     a.byteOffset < b.byteOffset + b.byteLength &&

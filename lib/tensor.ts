@@ -1,10 +1,11 @@
 // Tensors: what callers may pass, how it is read and checked, and the package's own Tensor class.
 
 import { describe, wrongWord } from './arguments';
-import { NO_CUDA } from './binding';
-import { disposedError, invalidType, invalidValue, sdpaError, shapeMismatch } from './errors';
+import type { DeviceMemory } from './binding';
+import { deviceName, HOST, type Location, readLocation, requireGpu } from './cuda';
+import { disposedError, invalidType, invalidValue, shapeMismatch, wrongLocation } from './errors';
 import { bfloat16sToFloats, halvesToFloats } from './float16';
-import { BFLOAT16, BOOL, copyArray, FLOAT16, FLOAT32 } from './memory';
+import { allocateAt, BFLOAT16, BOOL, copyArray, deviceOf, FLOAT16, FLOAT32 } from './memory';
 
 /**
  * What the elements of a tensor are: IEEE single or half precision, bfloat16, or booleans.
@@ -75,11 +76,17 @@ export class TensorView {
   constructor(
     /** FLOAT32, FLOAT16, BFLOAT16 or BOOL */
     readonly type: number,
+    /** See allocateAt for what is on a GPU */
     readonly data: TensorData,
     readonly dims: readonly number[],
     /** The memory is a Tensor's: nobody can detach it, and it may be read without a copy */
     readonly isOwned: boolean,
   ) {}
+
+  /** HOST, or the number of a GPU */
+  get device(): number {
+    return deviceOf(this.data);
+  }
 }
 
 /** Type names by type code. */
@@ -169,6 +176,7 @@ export class Tensor implements TensorLike {
    * The elements: a view of the tensor's own memory, not a copy.
    *
    * @throws Error `ERR_SDPA_DISPOSED`: after `dispose()`
+   * @throws RangeError `ERR_SDPA_WRONG_LOCATION`: the tensor is on a GPU; `getData()` fetches it
    *
    * @example
    * ```js
@@ -180,8 +188,14 @@ export class Tensor implements TensorLike {
    * ```
    */
   get data(): TensorData {
+    const { data, device } = this.#current();
+    if (device === HOST) return data;
+    throw wrongLocation('data', 'a tensor in host memory (getData() fetches it)', this.location);
+  }
+
+  #current(): TensorView {
     if (this.#isDisposed) throw disposedError('Tensor');
-    return this.#view.data;
+    return this.#view;
   }
 
   /**
@@ -213,7 +227,7 @@ export class Tensor implements TensorLike {
   }
 
   /**
-   * Where the elements are: always `'cpu'`, as there is no GPU backend in this version.
+   * Where the elements are: `'cpu'` (host memory), `'cuda'` (the first GPU), `'cuda:1'` and so on.
    *
    * @example
    * ```js
@@ -222,14 +236,16 @@ export class Tensor implements TensorLike {
    * assert.strictEqual(new Tensor('float32', new Float32Array(1), [1]).location, 'cpu');
    * ```
    */
-  get location(): 'cpu' | 'cuda' {
-    return 'cpu';
+  get location(): Location {
+    return deviceName(this.#view.device);
   }
 
   /**
-   * The elements, from wherever the tensor is: on the CPU the same view as `data`.
+   * The elements, from wherever the tensor is: in host memory the same view as `data`, from a GPU a
+   * copy.
    *
-   * @returns rejects with `ERR_SDPA_DISPOSED` after `dispose()`
+   * @returns rejects with `ERR_SDPA_DISPOSED` after `dispose()`, and with `ERR_SDPA_DEVICE_LOST`,
+   *   `ERR_SDPA_OUT_OF_MEMORY`
    *
    * @example
    * ```js
@@ -240,34 +256,41 @@ export class Tensor implements TensorLike {
    * ```
    */
   async getData(): Promise<TensorData> {
-    return this.data;
+    const view = this.#current();
+    return view.device === HOST ? view.data : (await copyTo(HOST, view)).data;
   }
 
   /**
-   * The tensor at another place; itself where it is there already.
+   * The tensor at another place, a copy; itself where it is there already.
    *
-   * @param location - `'cpu'`; `'cuda'` rejects with `ERR_SDPA_BACKEND_UNAVAILABLE`, as there is
-   *   no GPU backend in this version
+   * @param location - `'cpu'`, `'cuda'` (the first GPU), `'cuda:1'` and so on
+   * @returns rejects with `ERR_SDPA_BACKEND_UNAVAILABLE` where there is no such GPU,
+   *   `ERR_SDPA_OUT_OF_MEMORY` where it has no room, `ERR_SDPA_DEVICE_LOST`, `ERR_SDPA_DISPOSED`
    *
    * @example
    * ```js
-   * import { Tensor } from 'node-sdpa';
+   * import { backendInfo, Tensor } from 'node-sdpa';
    * import assert from 'node:assert';
    * const tensor = new Tensor('float32', Float32Array.of(7), [1]);
    * assert.strictEqual(await tensor.to('cpu'), tensor);
-   * await assert.rejects(tensor.to('cuda'), { code: 'ERR_SDPA_BACKEND_UNAVAILABLE' });
+   * if (backendInfo().tried.some(({ backend, ok }) => backend === 'cuda' && ok)) {
+   *   using moved = await tensor.to('cuda');
+   *   assert.deepStrictEqual(await moved.getData(), tensor.data);
+   * }
    * ```
    */
-  async to(location: 'cpu' | 'cuda'): Promise<Tensor> {
-    if (this.#isDisposed) throw disposedError('Tensor');
-    if (location === 'cuda') throw sdpaError('ERR_SDPA_BACKEND_UNAVAILABLE', NO_CUDA);
-    if (location !== 'cpu') throw wrongWord('location', location, ['cpu', 'cuda']);
-    return this;
+  async to(location: Location): Promise<Tensor> {
+    const view = this.#current();
+    const device = readLocation('location', location);
+    if (device === view.device) return this;
+    const { type, data, dims } = await copyTo(device, view);
+    return adoptTensor(type, data, dims);
   }
 
   /**
    * The elements as numbers, in a new and unshared Float32Array: 16-bit floats are widened
-   * exactly, booleans become 0 and 1. For consumers that refuse views of shared memory.
+   * exactly, booleans become 0 and 1. For consumers that refuse views of shared memory. What is on a
+   * GPU is fetched while the calling thread waits.
    *
    * @throws Error `ERR_SDPA_DISPOSED`: after `dispose()`
    *
@@ -280,7 +303,8 @@ export class Tensor implements TensorLike {
    * ```
    */
   toFloat32Array(): Float32Array<ArrayBuffer> {
-    const data = this.data;
+    const view = this.#current();
+    const data = view.device === HOST ? view.data : fetchSync(view);
     const floats = new Float32Array(data.length);
     if (this.#view.type === FLOAT16) halvesToFloats(data as Uint16Array, floats);
     else if (this.#view.type === BFLOAT16) bfloat16sToFloats(data as Uint16Array, floats);
@@ -289,7 +313,7 @@ export class Tensor implements TensorLike {
   }
 
   /**
-   * Lets go of the memory. Every later use of the elements throws `ERR_SDPA_DISPOSED`; calls and
+   * Lets go of the memory, at once where it is on a GPU. Every later use of the elements throws `ERR_SDPA_DISPOSED`; calls and
    * results that read the tensor already are not disturbed. Disposing twice is allowed.
    *
    * @example
@@ -303,6 +327,7 @@ export class Tensor implements TensorLike {
    */
   dispose(): void {
     this.#isDisposed = true;
+    release(this.#view);
     this.#view = new TensorView(this.#view.type, new Uint8Array(0), this.#view.dims, true);
   }
 
@@ -324,7 +349,8 @@ export class Tensor implements TensorLike {
 
   /** What console.log shows. */
   [Symbol.for('nodejs.util.inspect.custom')](): string {
-    const state = this.#isDisposed ? ', disposed' : '';
+    const place = this.#view.device === HOST ? '' : `, ${this.location}`;
+    const state = this.#isDisposed ? ', disposed' : place;
     return `Tensor(${this.type}, ${formatShape(this.#view.dims)}${state})`;
   }
 }
@@ -335,9 +361,43 @@ export function adoptTensor(type: number, data: TensorData, dims: readonly numbe
   return new OfView(new TensorView(type, data, dims, true));
 }
 
+/** A copy of a tensor's elements on another device. */
+async function copyTo(device: number, view: TensorView): Promise<TensorView> {
+  const gpu = device === HOST ? view.device : device;
+  const data: TensorData = allocateAt(device, view.type, elementCount('Tensor', view.dims));
+  await requireGpu(gpu).copyAsync(view.data, data);
+  return new TensorView(view.type, data, view.dims, true);
+}
+
+function fetchSync(view: TensorView): TensorData {
+  const data: TensorData = allocateAt(HOST, view.type, elementCount('Tensor', view.dims));
+  requireGpu(view.device).copySync(view.data, data);
+  return data;
+}
+
+/** A view that outlives the Tensor: its memory on a GPU is held until `release`. */
+export function retain(view: TensorView): TensorView {
+  if (view.device === HOST) return view;
+  const memory = requireGpu(view.device).deviceShare(view.data as unknown as DeviceMemory);
+  return new TensorView(view.type, memory as unknown as TensorData, view.dims, true);
+}
+
+/** Gives memory on a GPU back, once running calls are done with it; host memory is collected. */
+export function release(view: TensorView): void {
+  if (view.device === HOST) return;
+  requireGpu(view.device).deviceRelease(view.data as unknown as DeviceMemory);
+}
+
 /** Whether a value is a Tensor of this package. */
 export function isTensor(value: unknown): value is Tensor {
   return typeof value === 'object' && value !== null && isTensorObject(value);
+}
+
+/** As {@link readTensor}, for what is only computed in host memory. */
+export function readHostTensor(argument: string, value: unknown): TensorView {
+  const view = readTensor(argument, value);
+  if (view.device === HOST) return view;
+  throw wrongLocation(argument, 'a tensor on cpu', `one on ${deviceName(view.device)}`);
 }
 
 /**
@@ -365,7 +425,7 @@ export function readTensor(argument: string, value: unknown): TensorView {
 /** Requires a tensor's data to be as long as its shape says. */
 export function checkLength(argument: string, view: TensorView): void {
   const expected = elementCount(argument, view.dims);
-  if (view.data.length === expected) return;
+  if (view.device !== HOST || view.data.length === expected) return;
   if (isDetached(view.data.buffer)) throw detachedError(argument);
   const words = `${expected} elements for ${formatShape(view.dims)}`;
   throw shapeMismatch(`${argument}.data`, words, String(view.data.length));

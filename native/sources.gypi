@@ -4,8 +4,10 @@
   'variables': {
     'sdpa_sources': [
       'native/backends.cpp',
+      'native/cuda_loader.cpp',
       'native/static_runtime.cpp',
       'native/addon/addon.cpp',
+      'native/addon/device_memory.cpp',
       'native/cpu/cpu_features.cpp',
       'native/cpu/thread_pool.cpp',
       'native/cpu/sequences.cpp',
@@ -14,6 +16,21 @@
       'native/cpu/avx512.cpp',
       'native/cpu/amx.cpp',
       'native/cpu/neon.cpp',
+    ],
+    # The host side of the CUDA plugin; CMake alone builds it.
+    'sdpa_cuda_host_sources': [
+      'native/cuda/plugin.cpp',
+      'native/cuda/device.cpp',
+      'native/cuda/lane.cpp',
+      'native/cuda/memory_cache.cpp',
+      'native/cuda/run.cpp',
+    ],
+    # What plays a GPU in the emulated plugin, which only tests use.
+    'sdpa_cuda_emulation_sources': [
+      'native/cuda/emulated_runtime.cpp',
+      'native/cuda/emulated_kernels.cpp',
+      'native/cpu/portable.cpp',
+      'native/cpu/thread_pool.cpp',
     ],
     'sdpa_defines': [
       'NAPI_VERSION=9',

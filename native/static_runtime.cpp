@@ -22,8 +22,9 @@ SDPA_HIDDEN void __verbose_terminate_handler() { std::abort(); }
 #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
 #if __GLIBC_PREREQ(2, 35)
 
-// The first version of a function of threads: glibc 2.34 gave them a second one as it moved them
-// from libpthread to libc. musl, for which the same objects are linked, has no versions.
+// The first version of a function: glibc 2.34 gave those of threads and of the loader a second one
+// as it moved them from libpthread and libdl to libc. musl, for which the same objects are linked,
+// has no versions.
 #if defined(SDPA_FOR_MUSL)
 #define SDPA_USE_FIRST(name, function)
 #elif defined(__x86_64__)
@@ -52,6 +53,20 @@ SDPA_USE_FIRST(first_pthread_once, pthread_once);
 SDPA_HIDDEN int pthread_once(pthread_once_t* once, void (*routine)()) {
   return first_pthread_once(once, routine);
 }
+
+void* first_dlopen(const char*, int);
+SDPA_USE_FIRST(first_dlopen, dlopen);
+SDPA_HIDDEN void* dlopen(const char* file, int mode) noexcept { return first_dlopen(file, mode); }
+
+void* first_dlsym(void*, const char*);
+SDPA_USE_FIRST(first_dlsym, dlsym);
+SDPA_HIDDEN void* dlsym(void* library, const char* name) noexcept {
+  return first_dlsym(library, name);
+}
+
+char* first_dlerror();
+SDPA_USE_FIRST(first_dlerror, dlerror);
+SDPA_HIDDEN char* dlerror() noexcept { return first_dlerror(); }
 #endif
 
 SDPA_USE_FIRST(pthread_key_create, pthread_key_create);

@@ -58,8 +58,13 @@ export async function runProgram(name: string, options: ChildOptions = {}) {
   return JSON.parse(finished.stdout);
 }
 
-/** The environment without the variables that choose a backend, and without the test runner's. */
+/**
+ * The environment without the variables that choose a backend, and without the test runner's. A
+ * run on one backend alone keeps the addon that has it.
+ */
 function cleanEnvironment(): NodeJS.ProcessEnv {
-  const own = /^(SDPA_|NODE_SDPA_|NODE_OPTIONS$|NODE_V8_COVERAGE$|VITEST)/;
+  const own = process.env.SDPA_TEST_BACKENDS
+    ? /^(SDPA_|NODE_OPTIONS$|NODE_V8_COVERAGE$|VITEST)/
+    : /^(SDPA_|NODE_SDPA_|NODE_OPTIONS$|NODE_V8_COVERAGE$|VITEST)/;
   return Object.fromEntries(Object.entries(process.env).filter(([name]) => !own.test(name)));
 }

@@ -1119,7 +1119,12 @@ describe('key/value caches', () => {
     ],
     ['a pool an object', make({ pool: {} }), TYPE, 'pool … a KVCachePool'],
     ['a shape beside a pool', make({ pool, headDim: 8 }), VALUE, 'headDim … pool'],
-    ['on a GPU', make({ ...shape, maxLength: 8, device: 'cuda' }), UNAVAILABLE, 'no CUDA backend'],
+    [
+      'on a GPU',
+      make({ ...shape, maxLength: 8, device: 'cuda' }),
+      UNAVAILABLE,
+      'caches are in host memory',
+    ],
     ['on a device', make({ ...shape, maxLength: 8, device: 'cpo' }), VALUE, 'did you mean "cpu"'],
     [
       'blocks beyond all numbers',

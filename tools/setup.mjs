@@ -11,12 +11,18 @@ import {
   run,
 } from './build-native.mjs';
 
-const { values: flags } = parseArgs({ options: { 'allow-javascript': { type: 'boolean' } } });
+const { values: flags } = parseArgs({
+  options: {
+    'allow-javascript': { type: 'boolean' },
+    'emulated-gpu': { type: 'boolean' }, // what the tests of the CUDA backend run on
+  },
+});
 
 checkNode();
 installDependencies();
 compileTypeScript();
 buildAddon();
+if (flags['emulated-gpu']) buildEmulatedGpu();
 
 /** @param {string} message */
 function fail(message) {
@@ -96,6 +102,18 @@ function buildAddon() {
   if (!result.ok) return goOnWithout(result.output);
   const now = new Date(); // a build that had nothing to do leaves the binary's time as it was
   utimesSync(path.join(root, binary), now, now);
+}
+
+/** Only CMake on Linux can: elsewhere the tests on it are left out, as vitest.config.mts says. */
+function buildEmulatedGpu() {
+  const plugin = 'build/emulated/build/Release/libsdpa_cuda.so';
+  if (process.platform !== 'linux' || newest(plugin) > newest('native', 'CMakeLists.txt')) return;
+  if (findBuildSystem().name !== 'cmake') return;
+  const target = { target: 'sdpa_cuda_emulated' };
+  const result = step('building the emulated GPU', () => buildWithCmake(root, [], target));
+  if (!result.ok) fail(result.output);
+  const now = new Date();
+  utimesSync(path.join(root, plugin), now, now);
 }
 
 /** @param {string} reason there is no addon */

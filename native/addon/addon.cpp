@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "addon/device_memory.h"
+#include "addon/errors.h"
 #include "addon/huge_pages.h"
 #include "backends.h"
 #include "core/keep_mask.h"
@@ -26,31 +28,6 @@ constexpr size_t kFieldCount = 0
     SDPA_PROBLEM_FIELDS(SDPA_COUNT_FIELD)
 #undef SDPA_COUNT_FIELD
     ;
-
-const char* error_code(StatusCode code) {
-  switch (code) {
-    case StatusCode::aborted:
-      return "ERR_SDPA_ABORTED";
-    case StatusCode::out_of_memory:
-      return "ERR_SDPA_OUT_OF_MEMORY";
-    case StatusCode::queue_full:
-      return "ERR_SDPA_QUEUE_FULL";
-    case StatusCode::unavailable:
-      return "ERR_SDPA_BACKEND_UNAVAILABLE";
-    default:
-      return "ERR_SDPA_INTERNAL";
-  }
-}
-
-Napi::Error make_error(Napi::Env env, const Status& status) {
-  Napi::Error error = Napi::Error::New(env, status.message);
-  error.Set("code", error_code(status.code));
-  return error;
-}
-
-[[noreturn]] void fail(Napi::Env env, const char* message) {
-  throw make_error(env, {StatusCode::internal, message});
-}
 
 // ---------------------------------------------------------------------------------- the header
 
@@ -138,14 +115,34 @@ Problem read_problem(Napi::Env env, napi_value header) {
 
 // ---------------------------------------------------------------------------------- the arrays
 
-/// Reads the typed arrays of a call in order, checking kind and length.
+napi_typedarray_type array_type(Type type) {
+  return type == Type::float32 ? napi_float32_array : napi_uint16_array;
+}
+
+size_t element_bytes(napi_typedarray_type type) {
+  return type == napi_uint8_array ? 1 : type == napi_uint16_array ? 2 : 4;
+}
+
+napi_typedarray_type array_type(MaskType type) {
+  return type == MaskType::boolean   ? napi_uint8_array
+         : type == MaskType::float32 ? napi_float32_array
+                                     : napi_uint16_array;
+}
+
+/// Reads the arrays of a call in order, checking kind and length: typed arrays or, for tensors,
+/// memory of a GPU.
 class ArrayReader {
  public:
   ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
 
+  /// What was read: the typed arrays, and the memory of GPUs.
+  std::vector<cuda::HostArray> host_arrays;
+  std::vector<std::shared_ptr<DeviceMemory>> device_arrays;
+
   Napi::Env env() const { return env_; }
 
-  /// How many times `of` the length of the next array is; 0 where that is no whole number.
+  /// How many times `of` the length of the next array, a typed one, is; 0 where that is no whole
+  /// number.
   uint64_t peek_count(uint64_t of) const {
     size_t length = 0;
     const napi_status status =
@@ -158,12 +155,21 @@ class ArrayReader {
                uint64_t d = 1) {
     const napi_value value = *next_++;
     if (optional && is_null(value)) return nullptr;
-    napi_typedarray_type actual;
-    size_t length;
-    void* data;
-    if (napi_get_typedarray_info(env_, value, &actual, &length, &data, nullptr, nullptr) !=
-            napi_ok ||
-        actual != type || !is_product(length, a, b, c, d)) {
+    napi_typedarray_type actual = type;
+    size_t length = 0;
+    void* data = nullptr;
+    const bool is_tensor = type != napi_int32_array;  // those are read here, in host memory
+    if (napi_get_typedarray_info(env_, value, &actual, &length, &data, nullptr, nullptr) ==
+        napi_ok) {
+      if (is_tensor) host_arrays.push_back({data, length * element_bytes(type)});
+    } else if (is_tensor) {
+      if (const std::shared_ptr<DeviceMemory> memory = device_memory_of(env_, value)) {
+        length = memory->bytes / element_bytes(type);
+        data = memory->data;
+        device_arrays.push_back(memory);
+      }
+    }
+    if (actual != type || !is_product(length, a, b, c, d)) {
       fail(env_, "a tensor does not have the kind or length that the header states");
     }
     return data;
@@ -189,26 +195,30 @@ class ArrayReader {
   const napi_value* next_;
 };
 
-napi_typedarray_type array_type(Type type) {
-  return type == Type::float32 ? napi_float32_array : napi_uint16_array;
-}
-
-napi_typedarray_type array_type(MaskType type) {
-  return type == MaskType::boolean   ? napi_uint8_array
-         : type == MaskType::float32 ? napi_float32_array
-                                     : napi_uint16_array;
-}
-
 /// Batch and length of a tensor with a row for each query or key; a packed batch is all length.
 struct Extent {
   uint64_t batch, length;
 };
 
+/// Something to compute, with all that it points to.
+struct Work {
+  virtual ~Work() = default;
+  virtual Status run(const CancelToken& cancel) const = 0;
+  /// The GPU that does it, or -1.
+  virtual int device() const = 0;
+  /// Over sooner than another thread wakes up for it.
+  virtual bool is_short() const { return false; }
+};
+
+/// Multiply-adds below which a call on the CPU is short: some microseconds.
+constexpr double kNotWorthAThread = 5e4;
+
 /// A call with all that it points to. Per-batch integers are copied, since kernels use them as
 /// bounds and shared memory may change under us.
-struct CallArguments {
+struct CallArguments final : Work {
   Problem problem;
-  const Backend* backend;
+  const Backend* backend = nullptr;  // of the CPU, or null
+  int gpu = -1;
   Inputs inputs{};
   ForwardOutputs outputs{};
   BackwardTensors tensors{};
@@ -216,17 +226,12 @@ struct CallArguments {
   Sequences sequences;
   uint64_t block_count = 0;  // of a cache
   std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
+  std::vector<cuda::HostArray> host_arrays;
+  std::vector<std::shared_ptr<DeviceMemory>> device_arrays;
 
   CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
       : problem(read_problem(env, values[0])), is_backward(is_backward) {
-    uint32_t index;
-    if (napi_get_value_uint32(env, values[1], &index) != napi_ok || index >= kBackendCount) {
-      fail(env, "backend: not an index into the list");
-    }
-    backend = kBackends[index];
-    if (const char* reason = backend->unavailable_reason()) {
-      throw make_error(env, {StatusCode::unavailable, reason});
-    }
+    read_backend(env, values[1]);
     ArrayReader reader(env, values + 2);
     read_sequences(env, reader);
     if (problem.samples > 0 && (is_backward || sequences.any())) {
@@ -238,11 +243,18 @@ struct CallArguments {
     } else {
       read_forward(env, reader);
     }
+    host_arrays.swap(reader.host_arrays);
+    device_arrays.swap(reader.device_arrays);
+    check_places(env);
   }
 
   CallArguments(const CallArguments&) = delete;
 
-  Status run(const CancelToken& cancel) const {
+  int device() const override { return gpu; }
+  bool is_short() const override { return gpu < 0 && multiply_adds(problem) <= kNotWorthAThread; }
+
+  Status run(const CancelToken& cancel) const override {
+    if (gpu >= 0) return run_on_gpu(cancel);
     if (sequences.any()) {
       return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
                          : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
@@ -252,6 +264,39 @@ struct CallArguments {
   }
 
  private:
+  Status run_on_gpu(const CancelToken& cancel) const {
+    const cuda::Plugin& plugin = *cuda_plugin().functions;
+    const cuda::Call call = {gpu,    !device_arrays.empty(), problem,           sequences,
+                             inputs, host_arrays.data(),     host_arrays.size()};
+    return is_backward ? plugin.backward(call, tensors, cancel)
+                       : plugin.forward(call, outputs, cancel);
+  }
+
+  /// An index into the list of CPU backends, or of GPUs behind it.
+  void read_backend(Napi::Env env, napi_value value) {
+    uint32_t index;
+    const size_t gpus = size_t(cuda_plugin().device_count);
+    if (napi_get_value_uint32(env, value, &index) != napi_ok || index >= kBackendCount + gpus) {
+      fail(env, "backend: not an index into the list");
+    }
+    if (index >= kBackendCount) {
+      gpu = int(index - kBackendCount);
+      return;
+    }
+    backend = kBackends[index];
+    if (const char* reason = backend->unavailable_reason()) {
+      throw make_error(env, {StatusCode::unavailable, reason});
+    }
+  }
+
+  /// Tensors are all in host memory, or all in that of the GPU that computes.
+  void check_places(Napi::Env env) const {
+    for (const auto& memory : device_arrays) {
+      if (memory->device != gpu) fail(env, "a tensor is on another device");
+    }
+    if (!device_arrays.empty() && !host_arrays.empty()) fail(env, "tensors at several places");
+  }
+
   Extent queries() const {
     if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
     return {problem.batch, problem.query_length};
@@ -402,25 +447,24 @@ class Environment;
 /// One asynchronous call, from its start on the JavaScript thread to its promise's end there.
 struct AsyncCall final : Job {
   Environment& environment;
-  CallArguments arguments;
+  const std::unique_ptr<const Work> work;
   CancelToken cancel;
   Status status;
   Napi::Promise::Deferred deferred;
   Napi::ObjectReference arrays;  // keeps the typed arrays alive
 
-  AsyncCall(Environment& environment, Napi::Env env, const napi_value* values, bool is_backward,
+  AsyncCall(Environment& environment, Napi::Env env, std::unique_ptr<const Work> work,
             const std::atomic<int32_t>* external)
       : environment(environment),
-        arguments(env, values, is_backward),
+        work(std::move(work)),
         cancel(external),
         deferred(Napi::Promise::Deferred::New(env)) {}
+  ThreadPool& pool() const {
+    return work->device() < 0 ? ThreadPool::shared() : ThreadPool::of_device(work->device());
+  }
   void compute();
   void run() override;
 };
-
-/// Multiply-adds below which a call is over sooner than another thread wakes up for it (some
-/// microseconds): it is computed at once, and its promise comes back settled.
-constexpr double kNotWorthAThread = 5e4;
 
 /// What one JavaScript environment (the main thread or a worker) has under way.
 ///
@@ -443,8 +487,8 @@ class Environment {
 
   Napi::Promise start(Napi::Env env, AsyncCall* call) {
     const Napi::Promise promise = call->deferred.Promise();
-    if (multiply_adds(call->arguments.problem) <= kNotWorthAThread) {
-      call->compute();
+    if (call->work->is_short()) {
+      call->compute();  // the promise comes back settled
       settle(env, call);
       return promise;
     }
@@ -452,7 +496,7 @@ class Environment {
       const std::lock_guard<std::mutex> lock(mutex_);
       running_.push_back(call);
     }
-    const Status status = ThreadPool::shared().submit(call);
+    const Status status = call->pool().submit(call);
     if (status.ok()) {
       if (pending_++ == 0) finished_signal_.Ref(env);
       return promise;
@@ -513,7 +557,7 @@ class Environment {
     const std::vector<AsyncCall*> running = running_;
     for (AsyncCall* const call : running) {
       call->cancel.cancel();
-      if (!ThreadPool::shared().withdraw(call)) continue;
+      if (!call->pool().withdraw(call)) continue;
       forget(call);
       finished_.push_back(call);
     }
@@ -533,7 +577,7 @@ class Environment {
 void AsyncCall::compute() {
   try {
     status = cancel.cancelled() ? Status{StatusCode::aborted, "the call was aborted"}
-                                : arguments.run(cancel);
+                                : work->run(cancel);
   } catch (const std::bad_alloc&) {
     status = {StatusCode::out_of_memory, "no memory for the call"};
   }
@@ -566,35 +610,106 @@ Napi::Value run_sync(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+/// The first argument of an asynchronous function: one element that JavaScript sets, or null.
+const std::atomic<int32_t>* read_cancel(Napi::Env env, const napi_value* values) {
+  return static_cast<const std::atomic<int32_t>*>(
+      ArrayReader(env, values).tensor(napi_int32_array, true, 1));
+}
+
+Napi::Promise start_async(Napi::Env env, const napi_value* values, size_t count,
+                          const std::atomic<int32_t>* cancel, std::unique_ptr<const Work> work) {
+  Environment& environment = *env.GetInstanceData<Environment>();
+  auto call = std::make_unique<AsyncCall>(environment, env, std::move(work), cancel);
+  const Napi::Array arrays = Napi::Array::New(env, count);
+  for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+  call->arrays = Napi::Persistent<Napi::Object>(arrays);
+  return environment.start(env, call.release());
+}
+
 template <bool IsBackward>
 Napi::Value run_async(const Napi::CallbackInfo& info) {
   napi_value values[kBackwardArguments + 1];
   const size_t count = 1 + (IsBackward ? kBackwardArguments : kForwardArguments);
   take_arguments(info, count, values);
-  Environment& environment = *info.Env().GetInstanceData<Environment>();
   try {
-    const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
-        ArrayReader(info.Env(), values).tensor(napi_int32_array, true, 1));
-    auto call =
-        std::make_unique<AsyncCall>(environment, info.Env(), values + 1, IsBackward, cancel);
-    const Napi::Array arrays = Napi::Array::New(info.Env(), count);
-    for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
-    call->arrays = Napi::Persistent<Napi::Object>(arrays);
-    return environment.start(info.Env(), call.release());
+    const std::atomic<int32_t>* const cancel = read_cancel(info.Env(), values);
+    return start_async(info.Env(), values, count, cancel,
+                       std::make_unique<CallArguments>(info.Env(), values + 1, IsBackward));
   } catch (const std::bad_alloc&) {
     throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
   }
 }
 
-void dropout_mask(const Napi::CallbackInfo& info) {
+/// A typed array and memory of a GPU, or two of the latter: one is copied to the other.
+struct CopyArguments final : Work {
+  cuda::Copy copy{cuda::Copy::kHost, cuda::Copy::kHost, nullptr, nullptr, 0};
+  std::shared_ptr<DeviceMemory> from_memory, to_memory;
+
+  CopyArguments(Napi::Env env, const napi_value* values) {
+    size_t from_bytes = 0, to_bytes = 0;
+    void* from = nullptr;
+    read(env, values[0], from_memory, copy.from_device, from, from_bytes);
+    read(env, values[1], to_memory, copy.to_device, copy.to, to_bytes);
+    if (from_bytes != to_bytes || (!from_memory && !to_memory)) fail(env, "copy: not of one size");
+    copy.from = from;
+    copy.bytes = to_bytes;
+  }
+
+  int device() const override { return to_memory ? to_memory->device : from_memory->device; }
+  Status run(const CancelToken& cancel) const override {
+    return cuda_plugin().functions->copy(copy, cancel);
+  }
+
+ private:
+  static void read(Napi::Env env, napi_value value, std::shared_ptr<DeviceMemory>& memory,
+                   int& device, void*& data, size_t& bytes) {
+    napi_typedarray_type type;
+    size_t length;
+    if (napi_get_typedarray_info(env, value, &type, &length, &data, nullptr, nullptr) == napi_ok) {
+      bytes = length * element_bytes(type);
+      return;
+    }
+    memory = device_memory_of(env, value);
+    if (!memory) fail(env, "copy: neither an array nor memory of a GPU");
+    device = memory->device;
+    data = memory->data;
+    bytes = memory->bytes;
+  }
+};
+
+void copy_sync(const Napi::CallbackInfo& info) {
   napi_value values[2];
   take_arguments(info, 2, values);
+  const Status status = CopyArguments(info.Env(), values).run(CancelToken());
+  if (!status.ok()) throw make_error(info.Env(), status);
+}
+
+Napi::Value copy_async(const Napi::CallbackInfo& info) {
+  napi_value values[2];
+  take_arguments(info, 2, values);
+  return start_async(info.Env(), values, 2, nullptr,
+                     std::make_unique<CopyArguments>(info.Env(), values));
+}
+
+/// (header, GPU or -1, mask)
+void dropout_mask(const Napi::CallbackInfo& info) {
+  napi_value values[3];
+  take_arguments(info, 3, values);
   const Problem p = read_problem(info.Env(), values[0]);
   const bool context = p.dropout_placement == Placement::context;
-  void* const keep = ArrayReader(info.Env(), values + 1)
-                         .tensor(napi_uint8_array, false, p.batch, p.query_heads, p.query_length,
-                                 context ? p.value_dim : p.key_length);
-  fill_keep_mask(p, static_cast<uint8_t*>(keep));
+  ArrayReader reader(info.Env(), values + 2);
+  auto* const keep =
+      static_cast<uint8_t*>(reader.tensor(napi_uint8_array, false, p.batch, p.query_heads,
+                                          p.query_length, context ? p.value_dim : p.key_length));
+  int32_t gpu;
+  if (napi_get_value_int32(info.Env(), values[1], &gpu) != napi_ok || gpu < -1 ||
+      gpu >= cuda_plugin().device_count || !reader.device_arrays.empty()) {
+    fail(info.Env(), "dropoutMask: no such GPU");
+  }
+  if (gpu < 0) return fill_keep_mask(p, keep);
+  const size_t bytes = reader.host_arrays.front().bytes;
+  const Status status = cuda_plugin().functions->dropout_mask(gpu, p, keep, bytes);
+  if (!status.ok()) throw make_error(info.Env(), status);
 }
 
 void set_num_threads(const Napi::CallbackInfo& info) {
@@ -655,6 +770,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("forwardAsync", Napi::Function::New<run_async<false>>(env, "forwardAsync"));
   exports.Set("backwardAsync", Napi::Function::New<run_async<true>>(env, "backwardAsync"));
   exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
+  exports.Set("copySync", Napi::Function::New<copy_sync>(env, "copySync"));
+  exports.Set("copyAsync", Napi::Function::New<copy_async>(env, "copyAsync"));
+  export_device_memory(env, exports);
   exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
   exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
   exports.Set("adoptMemory", Napi::Function::New<adopt_memory>(env, "adoptMemory"));

@@ -7,7 +7,16 @@
 
 namespace sdpa {
 
-enum class StatusCode { ok, aborted, out_of_memory, queue_full, unavailable, internal };
+enum class StatusCode {
+  ok,
+  aborted,
+  out_of_memory,
+  queue_full,
+  unavailable,
+  unsupported,
+  device_lost,
+  internal
+};
 
 /// The result of a call. Messages are literals: a Status never allocates.
 struct Status {

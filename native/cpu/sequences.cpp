@@ -15,61 +15,8 @@
 namespace sdpa {
 namespace {
 
-/// One entry of the batch as a call of its own; its arrays are parts of the batch's.
-struct Entry {
-  Problem problem;
-  Inputs inputs;
-  size_t query_rows, key_rows;  // rows of the tensors before it, all heads counted
-  size_t lse_first, lse_stride;
-
-  size_t queries() const { return size_t{problem.query_heads} * problem.query_length; }
-  size_t keys() const { return size_t{problem.kv_heads} * problem.key_length; }
-};
-
-size_t element_size(Type type) { return type == Type::float32 ? sizeof(float) : sizeof(uint16_t); }
-
-/// `rows` rows of `width` elements further on; null stays null.
-const void* skip(const Problem& p, const void* data, size_t rows, size_t width) {
-  return data ? static_cast<const char*>(data) + rows * width * element_size(p.type) : nullptr;
-}
-
-void* skip(const Problem& p, void* data, size_t rows, size_t width) {
-  return const_cast<void*>(skip(p, static_cast<const void*>(data), rows, width));
-}
-
 void clear(const Problem& p, void* data, size_t rows, size_t width) {
   if (data) std::memset(data, 0, rows * width * element_size(p.type));
-}
-
-Entry entry_of(const Sequences& s, const Problem& p, const Inputs& inputs, uint32_t b) {
-  Entry e{p, inputs, 0, 0, 0, 0};
-  e.problem.batch = 1;
-  e.problem.batch_offset = p.batch_offset + b;
-  if (inputs.causal_offsets) e.problem.causal_offset = inputs.causal_offsets[b];
-  e.inputs.causal_offsets = nullptr;
-  if (s.query_starts) {
-    e.problem.query_length = uint32_t(s.query_starts[b + 1] - s.query_starts[b]);
-    e.query_rows = size_t(s.query_starts[b]) * p.query_heads;
-    e.lse_first = size_t(s.query_starts[b]);
-    e.lse_stride = size_t(s.query_starts[p.batch]);
-  } else {
-    e.query_rows = b * e.queries();
-    e.lse_first = e.query_rows;
-    e.lse_stride = p.query_length;
-  }
-  e.inputs.query = skip(p, inputs.query, e.query_rows, p.head_dim);
-  if (s.key_blocks) {
-    e.inputs.key_blocks = s.key_blocks + b * s.table_width;
-    e.problem.key_length = uint32_t(inputs.kv_lengths[b]);
-    e.inputs.kv_lengths = nullptr;
-    return e;
-  }
-  e.problem.key_length = uint32_t(s.key_starts[b + 1] - s.key_starts[b]);
-  if (inputs.kv_lengths) e.inputs.kv_lengths = inputs.kv_lengths + b;
-  e.key_rows = size_t(s.key_starts[b]) * p.kv_heads;
-  e.inputs.key = skip(p, inputs.key, e.key_rows, p.head_dim);
-  e.inputs.value = skip(p, inputs.value, e.key_rows, p.value_dim);
-  return e;
 }
 
 constexpr Status kNoMemory = {StatusCode::out_of_memory, "no memory for the sequences of a batch"};

@@ -12,6 +12,17 @@ ThreadPool& ThreadPool::shared() {
   return *pool;
 }
 
+ThreadPool& ThreadPool::of_device(int device) {
+  static std::mutex mutex;
+  static std::vector<ThreadPool*>* const pools = new std::vector<ThreadPool*>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  while (pools->size() <= size_t(device)) {
+    pools->push_back(new ThreadPool);
+    pools->back()->threads_ = kThreadsPerDevice;
+  }
+  return *(*pools)[size_t(device)];
+}
+
 void ThreadPool::set_threads(int threads) {
   const std::lock_guard<std::mutex> lock(mutex_);
   threads_ = std::clamp(threads, 1, kMaxThreads);

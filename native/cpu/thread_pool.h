@@ -54,6 +54,10 @@ class ThreadPool {
   /// Invariant: never destroyed, since its threads may outlive every static object.
   static ThreadPool& shared();
 
+  /// The pool whose threads feed a GPU and wait for it: so many calls overlap on it.
+  static constexpr int kThreadsPerDevice = 4;
+  static ThreadPool& of_device(int device);
+
   void set_threads(int threads);
   /// How many threads may work at once; 0 if nobody has said so yet, which counts as 1.
   int threads();

@@ -1,0 +1,154 @@
+// Memory of a GPU as a JavaScript object.
+#include "addon/device_memory.h"
+
+#include "addon/errors.h"
+
+namespace sdpa {
+namespace {
+
+/// What V8 is told of each byte on a GPU, so that it collects tensors that nobody uses any more:
+/// a part, since GPUs have memory of their own, and a collection costs milliseconds.
+constexpr size_t kDeviceBytesPerCounted = 8;
+
+constexpr napi_type_tag kTag = {0x6e6f64652d736470, 0x6465766963656d65};
+
+/// What a JavaScript object holds; empty once it is released.
+struct Handle {
+  std::shared_ptr<DeviceMemory> memory;
+  int64_t counted_bytes;
+
+  void release(napi_env env) {
+    memory.reset();
+    int64_t total;
+    napi_adjust_external_memory(env, -counted_bytes, &total);
+    counted_bytes = 0;
+  }
+};
+
+Handle* handle_of(napi_env env, napi_value value) {
+  napi_valuetype kind;
+  bool is_ours = false;
+  void* handle = nullptr;
+  if (napi_typeof(env, value, &kind) != napi_ok || kind != napi_object) return nullptr;
+  if (napi_check_object_type_tag(env, value, &kTag, &is_ours) != napi_ok || !is_ours ||
+      napi_unwrap(env, value, &handle) != napi_ok) {
+    return nullptr;
+  }
+  return static_cast<Handle*>(handle);
+}
+
+Handle& expect_handle(const Napi::CallbackInfo& info) {
+  Handle* const handle = info.Length() == 1 ? handle_of(info.Env(), info[0]) : nullptr;
+  if (!handle) fail(info.Env(), "not memory of a GPU");
+  return *handle;
+}
+
+Napi::Value wrap(Napi::Env env, std::shared_ptr<DeviceMemory> memory, size_t counted_bytes) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("device", memory->device);
+  object.Set("bytes", double(memory->bytes));
+  auto handle = std::make_unique<Handle>(Handle{std::move(memory), int64_t(counted_bytes)});
+  const auto finalize = [](napi_env env, void* handle, void*) {
+    static_cast<Handle*>(handle)->release(env);
+    delete static_cast<Handle*>(handle);
+  };
+  if (napi_wrap(env, object, handle.get(), finalize, nullptr, nullptr) != napi_ok ||
+      napi_type_tag_object(env, object, &kTag) != napi_ok) {
+    fail(env, "no object for memory of a GPU");
+  }
+  handle.release();
+  Napi::MemoryManagement::AdjustExternalMemory(env, int64_t(counted_bytes));
+  return object;
+}
+
+int read_device(Napi::Env env, Napi::Value value) {
+  uint32_t device;
+  if (napi_get_value_uint32(env, value, &device) != napi_ok ||
+      device >= uint32_t(cuda_plugin().device_count)) {
+    fail(env, "device: no such GPU");
+  }
+  return int(device);
+}
+
+size_t read_bytes(Napi::Env env, Napi::Value value) {
+  double bytes;
+  if (napi_get_value_double(env, value, &bytes) != napi_ok || !(bytes >= 0 && bytes < 0x1p53)) {
+    fail(env, "not a number of bytes");
+  }
+  return size_t(bytes);
+}
+
+/// (path, most bytes on each device or 0) -> {reason, devices: [{name, reason, ...}]}
+Napi::Value open_cuda(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const CudaPlugin& plugin = open_cuda_plugin(info[0].As<Napi::String>().Utf8Value().c_str());
+  const Napi::Object result = Napi::Object::New(env);
+  const Napi::Array devices = Napi::Array::New(env);
+  result.Set("reason", plugin.reason);
+  result.Set("devices", devices);
+  if (!plugin.functions) return result;
+  if (const size_t bytes = read_bytes(env, info[1]); bytes > 0) {
+    plugin.functions->set_memory_limit(bytes);
+  }
+  for (int device = 0; device < plugin.device_count; ++device) {
+    cuda::DeviceInfo found{};
+    const Status status = plugin.functions->describe(device, &found);
+    const Napi::Object entry = Napi::Object::New(env);
+    entry.Set("name", found.name);
+    entry.Set("computeCapability", found.compute_capability / 10.0);
+    entry.Set("memoryBytes", double(found.memory_bytes));
+    entry.Set("reason", status.ok() ? "" : status.message);
+    devices.Set(uint32_t(device), entry);
+  }
+  return result;
+}
+
+/// (device, bytes) -> memory
+Napi::Value device_allocate(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  const int device = read_device(env, info[0]);
+  const size_t bytes = read_bytes(env, info[1]);
+  void* data = nullptr;
+  const Status status = cuda_plugin().functions->allocate(device, bytes, &data);
+  if (!status.ok()) throw make_error(env, status);
+  return wrap(env, std::make_shared<DeviceMemory>(device, data, bytes),
+              bytes / kDeviceBytesPerCounted);
+}
+
+/// A further object for the same memory, which lives until all of them are released.
+Napi::Value device_share(const Napi::CallbackInfo& info) {
+  const Handle& handle = expect_handle(info);
+  if (!handle.memory) fail(info.Env(), "memory of a GPU was used after its release");
+  return wrap(info.Env(), handle.memory, 0);
+}
+
+void device_release(const Napi::CallbackInfo& info) { expect_handle(info).release(info.Env()); }
+
+/// (device) -> {usedBytes, cachedBytes, limitBytes}
+Napi::Value device_memory_use(const Napi::CallbackInfo& info) {
+  const cuda::MemoryUse use = cuda_plugin().functions->memory_use(read_device(info.Env(), info[0]));
+  const Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("usedBytes", double(use.used_bytes));
+  result.Set("cachedBytes", double(use.cached_bytes));
+  result.Set("limitBytes", double(use.limit_bytes));
+  return result;
+}
+
+}  // namespace
+
+std::shared_ptr<DeviceMemory> device_memory_of(Napi::Env env, napi_value value) {
+  const Handle* const handle = handle_of(env, value);
+  if (!handle) return nullptr;
+  if (!handle->memory) fail(env, "memory of a GPU was used after its release");
+  return handle->memory;
+}
+
+void export_device_memory(Napi::Env env, Napi::Object exports) {
+  exports.Set("openCuda", Napi::Function::New<open_cuda>(env, "openCuda"));
+  exports.Set("deviceAllocate", Napi::Function::New<device_allocate>(env, "deviceAllocate"));
+  exports.Set("deviceShare", Napi::Function::New<device_share>(env, "deviceShare"));
+  exports.Set("deviceRelease", Napi::Function::New<device_release>(env, "deviceRelease"));
+  exports.Set("deviceMemoryUse", Napi::Function::New<device_memory_use>(env, "deviceMemoryUse"));
+}
+
+}  // namespace sdpa

@@ -1,0 +1,46 @@
+// What native code says of a failure, as a JavaScript error with a code.
+#pragma once
+
+#include <napi.h>
+
+#include <string>
+
+#include "core/backend.h"
+
+namespace sdpa {
+
+inline const char* error_code(StatusCode code) {
+  switch (code) {
+    case StatusCode::aborted:
+      return "ERR_SDPA_ABORTED";
+    case StatusCode::out_of_memory:
+      return "ERR_SDPA_OUT_OF_MEMORY";
+    case StatusCode::queue_full:
+      return "ERR_SDPA_QUEUE_FULL";
+    case StatusCode::unavailable:
+      return "ERR_SDPA_BACKEND_UNAVAILABLE";
+    case StatusCode::unsupported:
+      return "ERR_SDPA_UNSUPPORTED";
+    case StatusCode::device_lost:
+      return "ERR_SDPA_DEVICE_LOST";
+    default:
+      return "ERR_SDPA_INTERNAL";
+  }
+}
+
+inline Napi::Error make_error(Napi::Env env, const Status& status) {
+  Napi::Error error =
+      status.code == StatusCode::device_lost
+          ? Napi::Error::New(env, std::string("The GPU has failed, and this process cannot use it "
+                                              "any more: ") +
+                                      status.message)
+          : Napi::Error::New(env, status.message);
+  error.Set("code", error_code(status.code));
+  return error;
+}
+
+[[noreturn]] inline void fail(Napi::Env env, const char* message) {
+  throw make_error(env, {StatusCode::internal, message});
+}
+
+}  // namespace sdpa
