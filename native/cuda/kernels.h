@@ -1,10 +1,11 @@
-// What the CUDA kernels offer to host code: one launcher for each pass. Plain C++, so that host code
-// needs no CUDA compiler to include it.
+// What the CUDA kernels offer to host code: one launcher for each pass. Plain C++, so that host
+// code needs no CUDA compiler to include it.
 //
-// Every pointer in a Problem's Inputs, ForwardOutputs and BackwardTensors is to memory of the current
-// device, the small arrays (causal_offsets, kv_lengths, key_blocks) too. Launchers only enqueue work
-// on the stream; they neither allocate nor synchronise. They return a cudaError_t as int: 0 is
-// success. Calls of different streams may run at the same time, each with a workspace of its own.
+// Every pointer in a Problem's Inputs, ForwardOutputs and BackwardTensors is to memory of the
+// current device, the small arrays (causal_offsets, kv_lengths, key_blocks) too. Launchers only
+// enqueue work on the stream; they neither allocate nor synchronise. They return a cudaError_t as
+// int: 0 is success. Calls of different streams may run at the same time, each with a workspace of
+// its own.
 //
 // Invariant: the bits of a result depend on its own sequence alone: not on the batch around it, the
 // number of multiprocessors, or the run.
@@ -25,8 +26,8 @@ struct DeviceLimits {
 /// A cudaStream_t.
 using Stream = void*;
 
-/// Why no kernel takes this call on this device, or null: a literal for the user. Forward takes every
-/// head_dim and value_dim to 512 from compute capability 7.5 on, backward every one to 256.
+/// Why no kernel takes this call on this device, or null: a literal for the user. Forward takes
+/// every head_dim and value_dim to 512 from compute capability 7.5 on, backward every one to 256.
 const char* forward_unsupported(const Problem& problem, const DeviceLimits& limits);
 const char* backward_unsupported(const Problem& problem, const DeviceLimits& limits);
 
