@@ -1,0 +1,214 @@
+#include "cuda/emulation/machine.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "cuda/emulation/fiber.h"
+
+namespace sdpa::cuda::emulation {
+namespace {
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", what);
+  std::abort();
+}
+
+constexpr unsigned char kPoison = 0xff;  // NaN as float32, float16 and bfloat16
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool valid;
+};
+
+enum class State { runnable, in_warp, in_block, done };
+
+struct Thread {
+  Fiber fiber;
+  State state = State::done;
+  Place place;
+  std::vector<Copy> copies;     // not yet delivered, oldest first
+  std::vector<size_t> commits;  // how many of them each group closes with
+};
+
+struct Warp {
+  Complete complete = nullptr;
+  unsigned arrived = 0;
+  void* operands[kLanes];
+};
+
+/// One host thread's GPU. Its fibers' stacks are kept for the next grid.
+struct Machine {
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  Fiber host;
+  unsigned count = 0, current = 0, in_block = 0;
+  bool vote = false, result = false;
+  int capability = 0;
+  void (*kernel)(const void*) = nullptr;
+  const void* arguments = nullptr;
+
+  Thread& self() { return *threads[current]; }
+
+  void switch_to(unsigned next) {
+    Thread& from = self();
+    current = next;
+    Fiber::change(from.fiber, threads[next]->fiber);
+  }
+
+  /// Goes on with another thread that can run: one of this warp if there is one.
+  void pass_on() {
+    const unsigned warp = current / kLanes * kLanes;
+    for (unsigned i = 1; i < kLanes; ++i) {
+      const unsigned next = warp + (current + i) % kLanes;
+      if (threads[next]->state == State::runnable) return switch_to(next);
+    }
+    for (unsigned i = 1; i < count; ++i) {
+      const unsigned next = (current + i) % count;
+      if (threads[next]->state == State::runnable) return switch_to(next);
+    }
+    if (self().state != State::done) fail("threads wait for others that never come");
+    for (unsigned i = 0; i < count; ++i) {
+      if (threads[i]->state != State::done) fail("a thread has left while others wait for it");
+    }
+    Fiber::change(self().fiber, host);
+  }
+};
+
+Machine& machine() {
+  thread_local Machine instance;
+  return instance;
+}
+
+void thread_main() {
+  Fiber::entered(nullptr);
+  Machine& m = machine();
+  m.kernel(m.arguments);
+  Thread& self = m.self();
+  if (!self.copies.empty()) fail("a thread ends before its asynchronous copies");
+  self.state = State::done;
+  m.pass_on();
+}
+
+}  // namespace
+
+const Place& place() { return machine().self().place; }
+
+int capability() { return machine().capability; }
+
+void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
+              void (*kernel)(const void*), const void* arguments) {
+  if (threads % kLanes != 0 || threads == 0 || threads > 1024) fail("a block is of whole warps");
+  Machine& m = machine();
+  while (m.threads.size() < threads) m.threads.push_back(std::make_unique<Thread>());
+  m.warps.assign(threads / kLanes, Warp{});
+  m.host.adopt_thread();
+  m.count = threads;
+  m.kernel = kernel;
+  m.arguments = arguments;
+  m.capability = capability;
+  // Exactly as large as asked: AddressSanitizer sees what lies outside.
+  void* memory;
+  if (posix_memalign(&memory, 128, shared_bytes + 1) != 0) fail("no memory");
+  const std::unique_ptr<unsigned char, decltype(&std::free)> shared(
+      static_cast<unsigned char*>(memory), &std::free);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(shared.get(), kPoison, shared_bytes);
+        for (unsigned i = 0; i < threads; ++i) {
+          Thread& t = *m.threads[i];
+          t.place = {i, threads, {x, y, z}, shared.get()};
+          t.state = State::runnable;
+          t.copies.clear();
+          t.commits.clear();
+          t.fiber.prepare(thread_main);
+        }
+        m.current = 0;
+        m.in_block = 0;
+        m.vote = false;
+        Fiber::change(m.host, m.threads[0]->fiber);
+      }
+    }
+  }
+}
+
+void meet_warp(Complete complete, void* operands) {
+  Machine& m = machine();
+  Warp& warp = m.warps[m.current / kLanes];
+  if (warp.arrived == 0) {
+    warp.complete = complete;
+  } else if (warp.complete != complete) {
+    fail("lanes of a warp meet in different operations");
+  }
+  warp.operands[m.current % kLanes] = operands;
+  if (++warp.arrived < kLanes) {
+    m.self().state = State::in_warp;
+    m.pass_on();
+    return;
+  }
+  complete(warp.operands);
+  warp.arrived = 0;
+  const unsigned first = m.current / kLanes * kLanes;
+  for (unsigned i = 0; i < kLanes; ++i) m.threads[first + i]->state = State::runnable;
+}
+
+bool meet_block(bool vote) {
+  Machine& m = machine();
+  m.vote |= vote;
+  if (++m.in_block < m.count) {
+    m.self().state = State::in_block;
+    m.pass_on();
+    return m.result;
+  }
+  m.result = m.vote;
+  m.vote = false;
+  m.in_block = 0;
+  for (unsigned i = 0; i < m.count; ++i) {
+    if (i != m.current && m.threads[i]->state != State::in_block) {
+      fail("a barrier that not all threads of the block reach");
+    }
+    m.threads[i]->state = State::runnable;
+  }
+  return m.result;
+}
+
+void copy_async(void* to, const void* from, size_t bytes, bool valid) {
+  check_aligned(to, bytes);
+  if (valid) check_aligned(from, bytes);
+  std::memset(to, kPoison, bytes);
+  machine().self().copies.push_back({to, from, bytes, valid});
+}
+
+void commit_copies() {
+  Thread& t = machine().self();
+  size_t before = 0;
+  for (const size_t n : t.commits) before += n;
+  t.commits.push_back(t.copies.size() - before);
+}
+
+void wait_copies(unsigned groups_left) {
+  Thread& t = machine().self();
+  while (t.commits.size() > groups_left) {
+    for (size_t i = 0; i < t.commits.front(); ++i) {
+      const Copy& c = t.copies[i];
+      if (c.valid) {
+        std::memcpy(c.to, c.from, c.bytes);
+      } else {
+        std::memset(c.to, 0, c.bytes);
+      }
+    }
+    t.copies.erase(t.copies.begin(), t.copies.begin() + ptrdiff_t(t.commits.front()));
+    t.commits.erase(t.commits.begin());
+  }
+}
+
+void check_aligned(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail("a misaligned access");
+}
+
+}  // namespace sdpa::cuda::emulation

@@ -1,0 +1,55 @@
+// A GPU played by the CPU: runs the kernels' own sources, thread by thread, so that they can be
+// tested where there is no GPU. Every thread of a block is a fiber; operations of a whole warp or
+// block (barriers, shuffles, matrix products) are where fibers meet.
+//
+// What it notices ends the process with a message: threads of a warp that meet in different
+// operations, or never; misaligned vector accesses. Shared memory starts as NaN, and so does what
+// an asynchronous copy has not yet delivered. Reads outside of arrays are AddressSanitizer's to
+// find.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace sdpa::cuda::emulation {
+
+constexpr unsigned kLanes = 32;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+/// What a thread can ask about itself.
+struct Place {
+  unsigned thread, threads;  // index in the block, and how many it has
+  Index block;
+  unsigned char* shared;  // the block's dynamic shared memory
+};
+
+const Place& place();
+
+/// Runs `kernel(arguments)` for every thread of a grid, block by block, on the calling host thread.
+/// `capability` is 10 * major + minor of the GPU to play.
+void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
+              void (*kernel)(const void*), const void* arguments);
+
+/// The compute capability that the running grid plays.
+int capability();
+
+/// Meets the other lanes of the warp: the last to arrive runs `complete` on the operands of all.
+using Complete = void (*)(void* const* operands);
+void meet_warp(Complete complete, void* operands);
+
+/// Meets all threads of the block; returns whether any of them came with `vote`.
+bool meet_block(bool vote);
+
+/// Asynchronous copies of the calling thread: delivered by the wait that asks for their group.
+void copy_async(void* to, const void* from, size_t bytes, bool valid);
+void commit_copies();
+void wait_copies(unsigned groups_left);
+
+/// Ends the process unless `address` is a multiple of `alignment`.
+void check_aligned(const void* address, size_t alignment);
+
+}  // namespace sdpa::cuda::emulation

@@ -1,0 +1,48 @@
+// What the files that instantiate kernels offer to the launchers.
+#pragma once
+
+#include "cuda/forward.cuh"
+#include "cuda/kernels.h"
+
+namespace sdpa::cuda {
+
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidConfiguration = 9;  // of cudaError_t
+
+/// The most warps, at most `most`, whose tiles fit into a block's shared memory; 0: not even one's.
+template <typename SharedBytes>
+uint32_t warps_that_fit(uint32_t most, const DeviceLimits& limits, SharedBytes shared_bytes) {
+  uint32_t warps = most;
+  while (warps > 0 && shared_bytes(warps) > limits.shared_bytes_per_block) warps /= 2;
+  return warps;
+}
+
+/// Starts `kernel` for all rows, in blocks of as many warps as fit.
+template <typename S>
+int start_blocks(void (*kernel)(ForwardCall), ForwardCall f, const DeviceLimits& limits,
+                 Stream stream) {
+  const uint32_t warps = warps_that_fit(S::kMostWarps, limits, S::shared_bytes);
+  if (warps == 0) return kInvalidConfiguration;
+  f.row_blocks = divide_up(f.rows, warps * S::kRowsPerWarp);
+  const uint64_t blocks = uint64_t{f.row_blocks} * f.splits * f.chunks * f.units;
+  if (blocks > 0x7fffffff) return kInvalidConfiguration;
+  return start(kernel, {uint32_t(blocks), 1, 1}, warps * kLanes, S::shared_bytes(warps), f,
+               limits.sm, stream);
+}
+
+template <typename S>
+int start_forward(ForwardCall f, const DeviceLimits& limits, Stream stream) {
+  f.chunks = divide_up(f.call.problem.value_dim, S::kColumns);
+  return start_blocks<S>(forward_kernel<S>, f, limits, stream);
+}
+
+/// The forward kernels of each number format. `width` is the larger of head_dim and value_dim;
+/// `exact`: weights are split too, so that only the result is rounded to 16 bits.
+int start_forward_float16(const ForwardCall& f, uint32_t width, bool exact,
+                          const DeviceLimits& limits, Stream stream);
+int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
+                           const DeviceLimits& limits, Stream stream);
+/// Every type, in 1 to 3 terms.
+int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
+                        Stream stream);
+
+}  // namespace sdpa::cuda

@@ -1,0 +1,523 @@
+// The CUDA kernels, played by the CPU, on random problems over the whole option space: against
+// explicit matrices in float64 with a budget for each element (the one of test/reference.ts), masks
+// bit for bit against core/dropout.h, and every call twice, for the same bits.
+//
+//   cuda_kernels [SEED [RUNS [FIRST]]]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/dropout.h"
+#include "core/half.h"
+#include "core/keep_mask.h"
+#include "core/mask_rules.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace sdpa;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// ------------------------------------------------------------------------------------- the problem
+
+size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+/// A tensor as kernels see it, with room on both sides that must stay as it is.
+struct Buffer {
+  static constexpr size_t kGuard = 64;
+  std::vector<unsigned char> bytes;
+  Type type = Type::float32;
+  size_t count = 0;
+
+  Buffer() = default;
+  Buffer(Type type, size_t count)
+      : bytes(count * size_of(type) + 2 * kGuard, 0xff), type(type), count(count) {}
+  void* data() { return bytes.data() + kGuard; }
+  const void* data() const { return bytes.data() + kGuard; }
+  double at(size_t i) const { return load_element(type, data(), i); }
+  void set(size_t i, double x) { store_element(type, data(), i, float(x)); }
+  bool guards_stand() const {
+    const auto untouched = [](unsigned char byte) { return byte == 0xff; };
+    return std::all_of(bytes.begin(), bytes.begin() + kGuard, untouched) &&
+           std::all_of(bytes.end() - kGuard, bytes.end(), untouched);
+  }
+};
+
+struct Case {
+  Problem p{};
+  cuda::DeviceLimits limits{};
+  Buffer query, key, value, grad_output, mask;
+  std::vector<uint8_t> bits, keep;  // a boolean mask; explicit decisions
+  std::vector<int32_t> offsets, lengths, blocks;
+  bool backward = true;
+
+  Inputs inputs() const {
+    const void* const m = !bits.empty() ? bits.data() : mask.count ? mask.data() : nullptr;
+    return {query.data(),
+            key.data(),
+            value.data(),
+            m,
+            keep.empty() ? nullptr : keep.data(),
+            offsets.empty() ? nullptr : offsets.data(),
+            lengths.empty() ? nullptr : lengths.data(),
+            blocks.empty() ? nullptr : blocks.data()};
+  }
+  size_t rows() const { return size_t{p.batch} * p.query_heads * p.query_length; }
+
+  size_t query_at(uint32_t b, uint32_t h, uint32_t i, uint32_t width) const {
+    return row_offset(p.layout, p.query_heads, p.query_length, width, b, h, i);
+  }
+  size_t key_at(uint32_t b, uint32_t h, uint32_t j, uint32_t width) const {
+    if (blocks.empty()) return row_offset(p.layout, p.kv_heads, p.key_length, width, b, h, j);
+    const size_t block = size_t(blocks[j / p.key_block_length]);
+    return ((block * p.kv_heads + h) * p.key_block_length + j % p.key_block_length) * width;
+  }
+  size_t mask_at(uint32_t b, uint32_t h, uint32_t i, uint32_t j) const {
+    const auto index = [](uint32_t size, uint32_t i) { return size > 1 ? i : 0; };
+    const size_t plane = size_t{index(p.mask_batch, b)} * p.mask_heads + index(p.mask_heads, h);
+    return (plane * p.mask_queries + index(p.mask_queries, i)) * p.mask_keys +
+           index(p.mask_keys, j);
+  }
+};
+
+struct Random {
+  std::mt19937_64 engine;
+  explicit Random(uint64_t seed) : engine(seed) {}
+  uint32_t below(uint32_t n) { return uint32_t(engine() % n); }
+  bool one_in(uint32_t n) { return below(n) == 0; }
+  template <typename T, size_t n>
+  T of(const T (&list)[n]) {
+    return list[below(n)];
+  }
+  double normal() { return std::normal_distribution<double>()(engine); }
+  void fill(Buffer& b, double spread) {
+    for (size_t i = 0; i < b.count; ++i) b.set(i, spread * normal());
+  }
+};
+
+void choose_mask(Case& c, Random& r) {
+  Problem& p = c.p;
+  p.mask_batch = r.one_in(2) ? p.batch : 1;
+  p.mask_heads = r.one_in(2) ? p.query_heads : 1;
+  p.mask_queries = r.one_in(2) ? p.query_length : 1;
+  p.mask_keys = r.one_in(3) ? 1 : p.key_length;
+  const size_t count = size_t{p.mask_batch} * p.mask_heads * p.mask_queries * p.mask_keys;
+  if (r.one_in(3)) {
+    p.mask_type = MaskType::boolean;
+    for (size_t i = 0; i < count; ++i) c.bits.push_back(!r.one_in(4));
+    return;
+  }
+  const Type types[] = {Type::float32, Type::float16, Type::bfloat16};
+  const Type type = r.of(types);
+  p.mask_type = MaskType(uint32_t(type) + uint32_t(MaskType::float32));
+  c.mask = Buffer(type, count);
+  for (size_t i = 0; i < count; ++i) c.mask.set(i, r.one_in(8) ? -kInfinity : r.normal());
+}
+
+void choose_dropout(Case& c, Random& r) {
+  Problem& p = c.p;
+  const double ps[] = {0.1, 0.25, 0.5, 0.9, 1.0 / 65536, 1};
+  p.dropout_p = r.of(ps);
+  p.dropout_placement = Placement(r.below(3));
+  p.dropout_broadcast = r.below(8);
+  p.seed_lo = uint32_t(r.engine());
+  p.seed_hi = uint32_t(r.engine());
+  p.offset_lo = uint32_t(r.engine());
+  p.offset_hi = uint32_t(r.engine());
+  if (!r.one_in(4)) return;
+  const bool context = p.dropout_placement == Placement::context;
+  const size_t count = c.rows() * (context ? p.value_dim : p.key_length);
+  for (size_t i = 0; i < count; ++i) c.keep.push_back(r.below(1000) >= 1000 * p.dropout_p);
+}
+
+void choose_rules(Case& c, Random& r) {
+  Problem& p = c.p;
+  p.is_causal = r.one_in(2);
+  if (r.one_in(2)) p.causal_offset = int32_t(r.below(180)) - 40;
+  if (r.one_in(4)) {
+    for (uint32_t b = 0; b < p.batch; ++b) {
+      c.offsets.push_back(int32_t(r.below(p.key_length + p.query_length)) -
+                          int32_t(p.query_length));
+    }
+  }
+  p.window_left = r.one_in(4) ? int32_t(r.below(40)) : -1;
+  p.window_right = r.one_in(4) ? int32_t(r.below(40)) : -1;
+  if (r.one_in(3)) {
+    for (uint32_t b = 0; b < p.batch; ++b) c.lengths.push_back(int32_t(r.below(p.key_length + 1)));
+  }
+  const float scales[] = {0.05f, 0.3f, 1.0f, -0.5f, 0.0f};
+  p.scale = r.one_in(2) ? r.of(scales) : float(1 / std::sqrt(double(p.head_dim)));
+  const float caps[] = {0.5f, 2.0f, 30.0f};
+  p.softcap = r.one_in(4) ? r.of(caps) : 0.0f;
+  if (r.one_in(3)) {
+    p.batch_offset = r.below(150);
+    p.head_offset = r.below(150);
+    p.query_offset = r.below(150);
+    p.key_offset = r.below(150);
+  }
+}
+
+/// Keys in the blocks of a cache, in random order.
+void choose_blocks(Case& c, Random& r) {
+  Problem& p = c.p;
+  p.batch = 1;
+  p.key_block_length = r.one_in(2) ? 64 : 128;
+  const uint32_t count = (p.key_length + p.key_block_length - 1) / p.key_block_length;
+  for (uint32_t i = 0; i < count + 2; ++i) c.blocks.push_back(int32_t(i));
+  std::shuffle(c.blocks.begin(), c.blocks.end(), r.engine);
+}
+
+const uint32_t kLengths[] = {1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 100};
+const uint32_t kLong[] = {127, 128, 129, 200, 257, 300, 513, 700};
+const uint32_t kDims[] = {1, 2, 3, 5, 8, 9, 16, 17, 24, 32, 33, 40, 64, 64, 65, 80, 128, 128};
+const uint32_t kWideDims[] = {127, 160, 255, 256, 300, 511, 512};
+
+/// Multiply-adds of a case, at most: the emulation does some millions a second.
+constexpr double kLargest = 3e6;
+
+void choose_shape(Case& c, Random& r) {
+  Problem& p = c.p;
+  do {
+    p.batch = 1 + r.below(3);
+    p.kv_heads = 1 + r.below(3);
+    p.query_heads = p.kv_heads * (1 + r.below(3));
+    p.query_length = r.one_in(6) ? r.of(kLong) : r.of(kLengths);
+    p.key_length = r.one_in(4) ? r.of(kLong) : r.of(kLengths);
+    p.head_dim = r.one_in(8) ? r.of(kWideDims) : r.of(kDims);
+    p.value_dim = r.one_in(2) ? p.head_dim : r.one_in(8) ? r.of(kWideDims) : r.of(kDims);
+  } while (multiply_adds(p) > kLargest);
+}
+
+Case choose(uint64_t seed) {
+  Random r(seed);
+  Case c;
+  Problem& p = c.p;
+  choose_shape(c, r);
+  p.layout = r.one_in(2) ? Layout::bshd : Layout::bhsd;
+  const Type types[] = {Type::float32, Type::float16, Type::bfloat16};
+  p.type = r.of(types);
+  p.key_type = r.one_in(6) ? r.of(types) : p.type;
+  const Precision precisions[] = {Precision::highest, Precision::highest, Precision::high,
+                                  Precision::medium};
+  p.precision = r.of(precisions);
+  if (r.one_in(8)) choose_blocks(c, r);
+  const int sms[] = {75, 80, 86, 90, 120};
+  const int sm = r.of(sms);
+  const size_t shared[] = {64, 163, 99, 227, 99};
+  for (int i = 0; i < 5; ++i) {
+    if (sms[i] == sm) c.limits = {sm, 8, shared[i] * 1024, size_t{1} << 22};
+  }
+  choose_rules(c, r);
+  if (r.one_in(3)) choose_mask(c, r);
+  if (r.one_in(2)) choose_dropout(c, r);
+  c.backward = p.type == p.key_type && c.blocks.empty() && p.head_dim <= 256 && p.value_dim <= 256;
+  const size_t key_rows = c.blocks.empty() ? size_t{p.batch} * p.kv_heads * p.key_length
+                                           : c.blocks.size() * p.kv_heads * p.key_block_length;
+  const double spreads[] = {1, 1, 1, 4, 30};
+  c.query = Buffer(p.type, c.rows() * p.head_dim);
+  c.key = Buffer(p.key_type, key_rows * p.head_dim);
+  c.value = Buffer(p.key_type, key_rows * p.value_dim);
+  c.grad_output = Buffer(p.type, c.rows() * p.value_dim);
+  r.fill(c.query, r.of(spreads));
+  r.fill(c.key, 1);
+  r.fill(c.value, 1);
+  r.fill(c.grad_output, 1);
+  return c;
+}
+
+std::string describe(const Case& c) {
+  std::string text;
+  char field[96];
+#define SDPA_PRINT_FIELD(type, name)                                       \
+  std::snprintf(field, sizeof field, "%s=%.7g ", #name, double(c.p.name)); \
+  text += field;
+  SDPA_PROBLEM_FIELDS(SDPA_PRINT_FIELD)
+#undef SDPA_PRINT_FIELD
+  std::snprintf(field, sizeof field, "keep_mask=%d offsets=%d lengths=%d blocks=%zu sm=%d",
+                !c.keep.empty(), !c.offsets.empty(), !c.lengths.empty(), c.blocks.size(),
+                c.limits.sm);
+  return text + field;
+}
+
+// ----------------------------------------------------------------------------------- the reference
+
+constexpr double kU = 0x1p-24;
+constexpr double kSlack = 1.1, kFloor = 1e-30;
+constexpr double kExp = 8 * kU, kArgument = 4 * kU, kTanh = 8 * kU;
+double sum_roundings(double n) { return (2 * n + 16) * kU; }
+
+struct Bounded {
+  double value = 0, error = 0;
+};
+
+/// The budget after a result is rounded once to its storage type.
+double stored(double value, double error, Type type) {
+  const double unit = type == Type::float32 ? kU : type == Type::float16 ? 0x1p-11 : 0x1p-8;
+  const double step = type == Type::float32 ? 0x1p-150 : type == Type::float16 ? 0x1p-25 : 0x1p-134;
+  return kSlack * error + unit * (std::fabs(value) + error) + step + kFloor;
+}
+
+/// What a product may be off, beyond float32's roundings, because operands were cut to fewer bits:
+/// of query and key (or grad_output and value), and of a computed factor with a tensor.
+struct Cuts {
+  double inputs, computed;
+};
+
+Cuts cuts_of(const Problem& p) {
+  if (p.precision == Precision::highest) return {0, 0};
+  const bool high = p.precision == Precision::high;
+  const bool wide = p.head_dim > 256 || p.value_dim > 256;
+  if (p.type == p.key_type && p.type != Type::float32 && !wide) {
+    return {0, p.type == Type::float16 ? 0x1p-11 : 0x1p-8};
+  }
+  const bool one = !high && p.type == Type::float32 && p.key_type == Type::float32;
+  return one ? Cuts{0x1p-7, 0x1p-7} : Cuts{0x1p-14, 0x1p-14};
+}
+
+struct Reference {
+  const Case& c;
+  const Problem& p;
+  Cuts cuts;
+  Dropout dropout;
+  std::vector<uint8_t> keep;
+  std::vector<Bounded> scores, slopes, weights, dropped, lse, output;
+
+  explicit Reference(const Case& c)
+      : c(c), p(c.p), cuts(cuts_of(c.p)), dropout(resolve_dropout(c.p, !c.keep.empty())) {
+    const bool context = p.dropout_placement == Placement::context;
+    keep = c.keep;
+    if (keep.empty()) {
+      keep.resize(c.rows() * (context ? p.value_dim : p.key_length));
+      fill_keep_mask(p, keep.data());
+    }
+    const size_t elements = c.rows() * p.key_length;
+    scores.resize(elements);
+    slopes.resize(elements);
+    weights.resize(elements);
+    dropped.resize(elements);
+    lse.resize(c.rows());
+    output.resize(c.rows() * p.value_dim);
+    size_t row = 0;
+    for (uint32_t b = 0; b < p.batch; ++b) {
+      for (uint32_t h = 0; h < p.query_heads; ++h) {
+        for (uint32_t i = 0; i < p.query_length; ++i, ++row) {
+          score_row(b, h, i, row);
+          softmax_row(row);
+          output_row(b, h, row);
+        }
+      }
+    }
+  }
+
+  bool drops(Placement placement) const { return dropout.on() && dropout.placement == placement; }
+  uint32_t kv_head(uint32_t h) const { return h / (p.query_heads / p.kv_heads); }
+
+  void score_row(uint32_t b, uint32_t h, uint32_t i, size_t row) {
+    const KeyRange seen = visible_keys(visibility_of(p, c.inputs(), b), i);
+    const size_t query = c.query_at(b, h, i, p.head_dim);
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      Bounded& s = scores[row * p.key_length + j];
+      Bounded& slope = slopes[row * p.key_length + j];
+      slope.value = 1;
+      double bias = 0;
+      if (p.mask_type == MaskType::boolean) bias = c.bits[c.mask_at(b, h, i, j)] ? 0 : -kInfinity;
+      if (c.mask.count) bias = c.mask.at(c.mask_at(b, h, i, j));
+      if (j < seen.begin || j >= seen.end || bias == -kInfinity) {
+        s.value = -kInfinity;
+        continue;
+      }
+      const size_t key = c.key_at(b, kv_head(h), j, p.head_dim);
+      double dot = 0, size = 0;
+      for (uint32_t d = 0; d < p.head_dim; ++d) {
+        const double product = c.query.at(query + d) * c.key.at(key + d);
+        dot += product;
+        size += std::fabs(product);
+      }
+      double score = p.scale * dot;
+      double error = std::fabs(p.scale) * size * ((p.head_dim + 4) * kU + cuts.inputs);
+      if (p.softcap > 0) {
+        const double t = std::tanh(score / p.softcap);
+        const double tanh_error = std::min(error / p.softcap, 1.0) + kTanh;
+        slope.value = 1 - t * t;
+        slope.error = 2 * std::fabs(t) * tanh_error + tanh_error * tanh_error + 4 * kU;
+        score = p.softcap * t;
+        error += p.softcap * kTanh;
+      }
+      s.value = score + bias;
+      s.error = error + kU * (std::fabs(score) + std::fabs(bias)) + kFloor;
+    }
+  }
+
+  void softmax_row(size_t row) {
+    const size_t first = row * p.key_length;
+    std::vector<double> used(p.key_length), powers(p.key_length), relative(p.key_length);
+    double top = -kInfinity;
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      const bool out = drops(Placement::scores) && !keep[first + j];
+      used[j] = out ? -kInfinity : scores[first + j].value;
+      top = std::max(top, used[j]);
+    }
+    lse[row].value = -kInfinity;
+    if (top == -kInfinity) return;
+    double sum = 0, mean = 0;
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      powers[j] = std::exp(used[j] - top);
+      sum += powers[j];
+      relative[j] =
+          used[j] == -kInfinity
+              ? 0
+              : scores[first + j].error + kArgument * (std::fabs(used[j]) + std::fabs(top)) + kExp;
+    }
+    for (uint32_t j = 0; j < p.key_length; ++j) mean += powers[j] / sum * relative[j];
+    const double l = top + std::log(sum);
+    const double lse_error =
+        mean + sum_roundings(p.key_length) + kArgument * (std::fabs(top) + std::fabs(l) + 1);
+    lse[row] = {l, stored(l, lse_error, Type::float32)};
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      const double weight = used[j] == -kInfinity ? 0 : powers[j] / sum;
+      const double multiplier =
+          drops(Placement::weights) ? double(dropout.keep_scale) * keep[first + j] : 1;
+      const double error = weight * (relative[j] + lse_error) * kSlack;
+      weights[first + j] = {weight, stored(weight, error, Type::float32)};
+      dropped[first + j] = {weight * multiplier, multiplier * (error + kFloor + 3 * kU * weight)};
+    }
+  }
+
+  double channel(size_t at) const {
+    return drops(Placement::context) ? double(dropout.keep_scale) * keep[at] : 1;
+  }
+
+  void output_row(uint32_t b, uint32_t h, size_t row) {
+    for (uint32_t d = 0; d < p.value_dim; ++d) {
+      double sum = 0, error = 0;
+      for (uint32_t j = 0; j < p.key_length; ++j) {
+        const Bounded& w = dropped[row * p.key_length + j];
+        if (w.value == 0) continue;
+        const double v = c.value.at(c.key_at(b, kv_head(h), j, p.value_dim) + d);
+        sum += w.value * v;
+        error += std::fabs(v) * (w.error + w.value * (sum_roundings(p.key_length) + cuts.computed));
+      }
+      const double m = channel(row * p.value_dim + d);
+      output[row * p.value_dim + d] = {
+          m * sum, stored(m * sum, (error + 2 * kU * std::fabs(sum)) * m, p.type)};
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------------- comparisons
+
+int failures = 0;
+
+void fail(const Case& c, const std::string& what) {
+  if (++failures <= 10) std::printf("FAILED %s\n  %s\n", what.c_str(), describe(c).c_str());
+}
+
+/// The largest share of its budget that any element used.
+double worst_share = 0;
+
+bool within(double actual, const Bounded& want) {
+  if (actual == want.value) return true;
+  const double distance = std::fabs(actual - want.value);
+  if (!(distance <= want.error)) return false;
+  worst_share = std::max(worst_share, distance / want.error);
+  return true;
+}
+
+template <typename Actual>
+void compare(const Case& c, const char* name, const std::vector<Bounded>& want, Actual actual) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (within(actual(i), want[i])) continue;
+    char text[160];
+    std::snprintf(text, sizeof text, "%s[%zu] = %.9g, expected %.9g within %.3g", name, i,
+                  actual(i), want[i].value, want[i].error);
+    return fail(c, text);
+  }
+}
+
+struct Forward {
+  Buffer output, lse, scores, weights, dropped;
+  std::vector<unsigned char> workspace;
+
+  void run(const Case& c, bool matrices) {
+    const Problem& p = c.p;
+    output = Buffer(p.type, c.rows() * p.value_dim);
+    lse = Buffer(Type::float32, c.rows());
+    ForwardOutputs outputs{output.data(), static_cast<float*>(lse.data()), nullptr, nullptr,
+                           nullptr};
+    if (matrices) {
+      const size_t elements = c.rows() * p.key_length;
+      scores = Buffer(Type::float32, elements);
+      weights = Buffer(Type::float32, elements);
+      dropped = Buffer(Type::float32, elements);
+      outputs.scores = static_cast<float*>(scores.data());
+      outputs.weights = static_cast<float*>(weights.data());
+      outputs.dropped_weights = static_cast<float*>(dropped.data());
+    }
+    workspace.assign(cuda::forward_workspace(p, outputs, c.limits), 0xff);
+    const int error =
+        cuda::launch_forward(p, c.inputs(), outputs, workspace.data(), c.limits, nullptr);
+    if (error != 0) fail(c, "launch_forward: error " + std::to_string(error));
+    for (const Buffer* b : {&output, &lse, &scores, &weights, &dropped}) {
+      if (b->count && !b->guards_stand()) fail(c, "a write outside of a forward result");
+    }
+  }
+};
+
+void check_forward(const Case& c, const Reference& r) {
+  const Problem& p = c.p;
+  Forward run;
+  run.run(c, true);
+  size_t row = 0;
+  for (uint32_t b = 0; b < p.batch; ++b) {
+    for (uint32_t h = 0; h < p.query_heads; ++h) {
+      for (uint32_t i = 0; i < p.query_length; ++i, ++row) {
+        const size_t at = c.query_at(b, h, i, p.value_dim);
+        const auto first = r.output.begin() + ptrdiff_t(row * p.value_dim);
+        const std::vector<Bounded> want(first, first + p.value_dim);
+        compare(c, "output", want, [&](size_t d) { return run.output.at(at + d); });
+      }
+    }
+  }
+  compare(c, "lse", r.lse, [&](size_t i) { return run.lse.at(i); });
+  if (p.precision == Precision::highest) {
+    compare(c, "scores", r.scores, [&](size_t i) { return run.scores.at(i); });
+    compare(c, "weights", r.weights, [&](size_t i) { return run.weights.at(i); });
+    compare(c, "dropped_weights", r.dropped, [&](size_t i) { return run.dropped.at(i); });
+  }
+  Forward again;
+  again.run(c, false);
+  if (again.output.bytes != run.output.bytes) fail(c, "another output the second time");
+}
+
+void check_case(uint64_t seed) {
+  const Case c = choose(seed);
+  if (cuda::forward_unsupported(c.p, c.limits)) return fail(c, "unsupported");
+  const Reference reference(c);
+  const int before = failures;
+  check_forward(c, reference);
+  if (failures > before) std::printf("  seed %llu\n", static_cast<unsigned long long>(seed));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const uint64_t seed = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20260801;
+  const int runs = argc > 2 ? std::atoi(argv[2]) : 300;
+  const int first = argc > 3 ? std::atoi(argv[3]) : 0;
+  const auto start = std::chrono::steady_clock::now();
+  std::printf("cuda kernels, emulated: seed %llu, %d runs\n", static_cast<unsigned long long>(seed),
+              runs);
+  for (int i = first; i < first + runs; ++i) check_case(seed + uint64_t(i));
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  std::printf("%d failures; at most %.0f %% of an error budget; %.1f s\n", failures,
+              100 * worst_share, time.count());
+  return failures > 0;
+}
