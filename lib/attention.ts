@@ -485,24 +485,42 @@ function stable(view: TensorView): TensorView {
   return new TensorView(view.type, copyArray(view.type, view.data), view.dims, true);
 }
 
+/** Makes the arrays of a call where its tensors are: all of them, or none. */
+function allocateAll<T>(
+  call: Call,
+  build: (make: <A extends FloatArray>(type: number, dims: readonly number[]) => A) => T,
+): T {
+  const made: FloatArray[] = [];
+  try {
+    return build(<A extends FloatArray>(type: number, dims: readonly number[]) => {
+      const data = allocateAt<A>(call.device, type, elementCount('result', dims));
+      made.push(data);
+      return data;
+    });
+  } catch (error) {
+    discard(call, made);
+    throw error;
+  }
+}
+
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
-  const { problem, outputs, outputDims, device } = call;
-  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
-  const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
-  const floats = (length: number) => allocateAt<Float32Array>(device, FLOAT32, length);
-  const moment = () => (wantsMoments ? floats(elementCount('output', call.sampleDims)) : null);
-  const whole = () =>
-    allocateAt<FloatArray>(device, problem.type, elementCount('output', outputDims));
-  return {
-    output: wantsMoments ? null : (output ?? whole()),
-    lse: withLse ? floats(elementCount('lse', call.lseDims)) : null,
-    scores: outputs & WANTS_SCORES ? floats(square) : null,
-    weights: outputs & WANTS_WEIGHTS ? floats(square) : null,
-    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? floats(square) : null,
-    mean: moment(),
-    variance: moment(),
-  };
+  const { problem, outputs, outputDims } = call;
+  return allocateAll(call, (make) => {
+    const floats = (isWanted: boolean, dims: readonly number[]) =>
+      isWanted ? make<Float32Array>(FLOAT32, dims) : null;
+    const square = scoresShape(problem);
+    const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
+    return {
+      output: wantsMoments ? null : (output ?? make(problem.type, outputDims)),
+      lse: floats(withLse, call.lseDims),
+      scores: floats((outputs & WANTS_SCORES) !== 0, square),
+      weights: floats((outputs & WANTS_WEIGHTS) !== 0, square),
+      droppedWeights: floats((outputs & WANTS_DROPPED_WEIGHTS) !== 0, square),
+      mean: floats(wantsMoments, call.sampleDims),
+      variance: floats(wantsMoments, call.sampleDims),
+    };
+  });
 }
 
 /** What a forward call gave, and the call as it was computed: on its fallback where it had to be. */
@@ -528,40 +546,64 @@ function writesAside({ outData, signal, backend }: Call): boolean {
   return outData !== null && (signal !== undefined || backend.name.startsWith('cuda'));
 }
 
+/** Gives arrays that nobody will see back to a GPU; host memory is collected. */
+function discard(call: Call, arrays: Iterable<FloatArray | null>): void {
+  if (call.device === HOST) return;
+  for (const data of arrays) {
+    if (data !== null) release(new TensorView(FLOAT32, data, [], true));
+  }
+}
+
 /** Runs a forward call beside the event loop. Inputs must be stable. */
 async function forward(call: Call, withLse: boolean): Promise<Computed> {
-  const { problem, backend, signal, outData, device } = call;
-  const isAside = writesAside(call);
-  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const { problem, backend, signal, outData } = call;
+  const target = writesAside(call) ? null : outData;
+  const outputs = allocateOutputs(call, target, withLse);
   const inputs = inputsOf(call);
   try {
     await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
+    if (outData !== target) await copyOutput(call, outputs.output as FloatArray);
   } catch (error) {
+    discard(call, written(outputs, target));
     if (mayFallBack(call, error)) return forward(onFallback(call), withLse);
     throw error;
   }
-  if (!isAside) return { call, outputs };
-  const output = outData as FloatArray;
-  if (device === HOST) output.set(outputs.output as FloatArray);
-  else await requireGpu(device).copyAsync(outputs.output, output);
-  return { call, outputs: { ...outputs, output } };
+  return finish(call, outputs, target);
 }
 
 function forwardSync(call: Call, withLse: boolean): Computed {
   const { problem, backend, outData, device } = call;
-  const isAside = writesAside(call);
-  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const target = writesAside(call) ? null : outData;
+  const outputs = allocateOutputs(call, target, withLse);
   try {
     backend.forwardSync(problem, inputsOf(call), outputs);
+    if (outData !== target) {
+      if (device === HOST) outData?.set(outputs.output as FloatArray);
+      else requireGpu(device).copySync(outputs.output, outData);
+    }
   } catch (error) {
+    discard(call, written(outputs, target));
     if (mayFallBack(call, error)) return forwardSync(onFallback(call), withLse);
     throw error;
   }
-  if (!isAside) return { call, outputs };
-  const output = outData as FloatArray;
-  if (device === HOST) output.set(outputs.output as FloatArray);
-  else requireGpu(device).copySync(outputs.output, output);
-  return { call, outputs: { ...outputs, output } };
+  return finish(call, outputs, target);
+}
+
+async function copyOutput({ device, outData }: Call, output: FloatArray): Promise<void> {
+  if (device === HOST) outData?.set(output);
+  else await requireGpu(device).copyAsync(output, outData);
+}
+
+/** What was allocated for the outputs of a call. */
+function written(outputs: ForwardOutputs, target: FloatArray | null): (FloatArray | null)[] {
+  return Object.values(outputs).filter((data) => data !== target);
+}
+
+/** The results of a call whose output is where the caller wants it. */
+function finish(call: Call, outputs: ForwardOutputs, target: FloatArray | null): Computed {
+  if (call.outData === target) return { call, outputs };
+  discard(call, [outputs.output]);
+  return { call, outputs: { ...outputs, output: call.outData } };
 }
 
 /** The output as a tensor: the caller's where there is one. */
@@ -689,6 +731,7 @@ async function backward(
   try {
     await run(backend);
   } catch (error) {
+    discard(call, gradientsOf(tensors));
     if (fallback === null || !mayFallBack(call, error)) throw error;
     await run(fallback);
   }
@@ -703,6 +746,7 @@ function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): 
   try {
     backend.backwardSync(problem, inputsOf(call), tensors);
   } catch (error) {
+    discard(call, gradientsOf(tensors));
     if (fallback === null || !mayFallBack(call, error)) throw error;
     fallback.backwardSync(problem, inputsOf(call), tensors);
   }
@@ -736,19 +780,21 @@ function readGradOutput(call: Call, value: unknown): TensorView {
 }
 
 function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
-  const { query, key, value, mask, device } = saved.call;
+  const { query, key, value, mask } = saved.call;
   const hasBias = mask !== null && mask.type !== BOOL;
-  const like = (view: TensorView) =>
-    allocateAt<FloatArray>(device, view.type, elementCount('gradient', view.dims));
-  return {
+  return allocateAll(saved.call, (make) => ({
     output: saved.output.data as FloatArray,
     lse: saved.lse.data as Float32Array,
     gradOutput: gradOutput.data as FloatArray,
-    gradQuery: like(query),
-    gradKey: like(key),
-    gradValue: like(value),
-    gradMask: hasBias ? like(mask) : null,
-  };
+    gradQuery: make(query.type, query.dims),
+    gradKey: make(key.type, key.dims),
+    gradValue: make(value.type, value.dims),
+    gradMask: hasBias ? make(mask.type, mask.dims) : null,
+  }));
+}
+
+function gradientsOf(tensors: BackwardTensors): (FloatArray | null)[] {
+  return [tensors.gradQuery, tensors.gradKey, tensors.gradValue, tensors.gradMask];
 }
 
 function toGradients({ query, key, value, mask }: Call, tensors: BackwardTensors): Gradients {

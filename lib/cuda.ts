@@ -113,6 +113,6 @@ export function findGpu(device: number): { error: SdpaError | null } {
   const { gpus, error } = openCuda();
   if (error !== null) return { error };
   if (device < gpus.length) return gpus[device];
-  const count = gpus.length === 1 ? 'one GPU' : `${gpus.length} GPUs`;
-  return { error: unavailable(`${deviceName(device)}: there is ${count}, numbered from 0`) };
+  const count = gpus.length === 1 ? 'is one GPU' : `are ${gpus.length} GPUs`;
+  return { error: unavailable(`${deviceName(device)}: there ${count}, numbered from 0`) };
 }

@@ -274,8 +274,9 @@ export class Tensor implements TensorLike {
    * const tensor = new Tensor('float32', Float32Array.of(7), [1]);
    * assert.strictEqual(await tensor.to('cpu'), tensor);
    * if (backendInfo().tried.some(({ backend, ok }) => backend === 'cuda' && ok)) {
-   *   using moved = await tensor.to('cuda');
+   *   const moved = await tensor.to('cuda');
    *   assert.deepStrictEqual(await moved.getData(), tensor.data);
+   *   moved.dispose();
    * }
    * ```
    */

@@ -25,12 +25,28 @@
       'native/cuda/memory_cache.cpp',
       'native/cuda/run.cpp',
     ],
+    'sdpa_cuda_kernel_sources': [
+      'native/cuda/forward.cu',
+      'native/cuda/forward_bfloat16.cu',
+      'native/cuda/forward_float16.cu',
+      'native/cuda/forward_split.cu',
+    ],
     # What plays a GPU in the emulated plugin, which only tests use.
     'sdpa_cuda_emulation_sources': [
       'native/cuda/emulated_runtime.cpp',
       'native/cuda/emulated_kernels.cpp',
+      'native/cuda/emulation/machine.cpp',
       'native/cpu/portable.cpp',
       'native/cpu/thread_pool.cpp',
+    ],
+    'sdpa_cuda_compile_flags': [
+      '-std=c++17',
+      '-O3',
+      '-DNDEBUG',
+      # The constexpr functions of core/ serve kernels too.
+      '--expt-relaxed-constexpr',
+      '-compress-mode=size',
+      '-Xcompiler=-fvisibility=hidden',
     ],
     'sdpa_defines': [
       'NAPI_VERSION=9',

@@ -103,13 +103,24 @@ Napi::Value open_cuda(const Napi::CallbackInfo& info) {
   return result;
 }
 
+std::string name_of(int device) { return device == 0 ? "cuda" : "cuda:" + std::to_string(device); }
+
 /// (device, bytes) -> memory
 Napi::Value device_allocate(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   const int device = read_device(env, info[0]);
   const size_t bytes = read_bytes(env, info[1]);
   void* data = nullptr;
-  const Status status = cuda_plugin().functions->allocate(device, bytes, &data);
+  const cuda::Plugin& plugin = *cuda_plugin().functions;
+  const Status status = plugin.allocate(device, bytes, &data);
+  if (status.code == StatusCode::out_of_memory) {
+    const cuda::MemoryUse use = plugin.memory_use(device);
+    const std::string message =
+        "No memory for " + std::to_string(bytes) + " bytes on " + name_of(device) + ": " +
+        std::to_string(use.used_bytes) + " of " + std::to_string(use.limit_bytes) +
+        " are in use. Dispose of tensors, or raise SDPA_CUDA_MEMORY_LIMIT where it is set";
+    throw make_error(env, {status.code, message.c_str()});
+  }
   if (!status.ok()) throw make_error(env, status);
   return wrap(env, std::make_shared<DeviceMemory>(device, data, bytes),
               bytes / kDeviceBytesPerCounted);

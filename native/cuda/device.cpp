@@ -102,7 +102,9 @@ Status Device::check(Error error) {
   if (error == kSuccess) return {};
   runtime::forget_last_error();
   if (error == runtime::kOutOfMemory) {
-    return {StatusCode::out_of_memory, "the GPU has no memory left, or SDPA_CUDA_MEMORY_LIMIT"};
+    return {StatusCode::out_of_memory,
+            "no memory on the GPU for what the call needs; dispose of tensors, or raise "
+            "SDPA_CUDA_MEMORY_LIMIT where it is set"};
   }
   // After a fault of a kernel or of the device, everything fails from then on.
   if (const Error fault = runtime::wait_for_device(); fault != kSuccess) {

@@ -5,17 +5,8 @@
 
 namespace sdpa::cuda {
 
-const char* forward_unsupported(const Problem&, const DeviceLimits&) { return nullptr; }
-
 const char* backward_unsupported(const Problem& p, const DeviceLimits&) {
   return p.head_dim > 256 || p.value_dim > 256 ? "head dims above 256 have no backward" : nullptr;
-}
-
-size_t forward_workspace(const Problem&, const ForwardOutputs&, const DeviceLimits&) { return 256; }
-
-int launch_forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs, void*,
-                   const DeviceLimits&, Stream) {
-  return kPortableBackend.forward(p, inputs, outputs, CancelToken()).ok() ? 0 : 999;
 }
 
 size_t backward_workspace(const Problem&, bool, const DeviceLimits&) { return 256; }
