@@ -168,57 +168,65 @@ SDPA_DEVICE void gather_a(uint32_t (&a)[kTerms][4], uint32_t step, const At& at)
   }
 }
 
+/// products = rows . tile rows over `depth` columns, for the warp's rows: load_a(r, step, a) gives
+/// operand A of set `r`.
+template <typename S, typename B, typename LoadA>
+SDPA_DEVICE void multiply_tile(uint32_t depth, const LoadA& load_a, const B& tile,
+                               ScoreFragment<S>& products) {
+  SDPA_UNROLL
+  for (int r = 0; r < S::kRowSets; ++r) {
+    SDPA_UNROLL
+    for (int j = 0; j < S::kKeyTiles; ++j) {
+      SDPA_UNROLL
+      for (int e = 0; e < 4; ++e) products[r][j][e] = 0;
+    }
+  }
+  const auto step = [&](uint32_t s) {
+    uint32_t a[S::kRowSets][S::kTerms][4];
+    SDPA_UNROLL
+    for (int r = 0; r < S::kRowSets; ++r) load_a(r, s, a[r]);
+    SDPA_UNROLL
+    for (int j = 0; j < S::kKeyTiles; j += 2) {
+      uint32_t b[S::kTerms][4];
+      tile.load_b(b, 8 * j, s);
+      SDPA_UNROLL
+      for (int r = 0; r < S::kRowSets; ++r) {
+        multiply_terms<S::kHalf, 0>(products[r][j], a[r], b);
+        multiply_terms<S::kHalf, 2>(products[r][j + 1], a[r], b);
+      }
+    }
+  };
+  if constexpr (S::kWide) {
+    SDPA_NO_UNROLL
+    for (uint32_t s = 0; 16 * s < depth; ++s) step(s);
+  } else {
+    SDPA_UNROLL
+    for (uint32_t s = 0; s < S::kWidth / 16; ++s) {
+      if (16 * s < depth) step(s);
+    }
+  }
+}
+
 /// scores = query . key for the warp's rows.
 template <typename S>
 SDPA_DEVICE void multiply_queries(const ForwardCall& f, const ForwardBlock& k, uint32_t warp_row,
                                   const typename S::KeyTile& queries,
                                   const typename S::KeyTile& keys, ScoreFragment<S>& scores) {
   const Problem& p = f.call.problem;
-  SDPA_UNROLL
-  for (int r = 0; r < S::kRowSets; ++r) {
-    SDPA_UNROLL
-    for (int j = 0; j < S::kKeyTiles; ++j) {
-      SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) scores[r][j][e] = 0;
-    }
-  }
-  constexpr uint32_t kSteps = S::kWidth / 16;
-  const auto step = [&](uint32_t s) {
-    uint32_t a[S::kRowSets][S::kTerms][4];
-    SDPA_UNROLL
-    for (int r = 0; r < S::kRowSets; ++r) {
-      if constexpr (S::kWide) {
-        gather_a<S::kHalf>(a[r], s, [&](int half, uint32_t column) {
-          const uint32_t row = k.first_row + warp_row + lane_index() / 4 + 8 * half;
-          if (row >= f.rows || column >= p.head_dim) return 0.0f;
-          const Rows rows = query_side_rows(p, f.call.inputs.query, p.head_dim, k.b,
-                                            k.head_of(p, row), row % p.query_length, 1);
-          return rows.at(0, column);
-        });
-      } else {
-        queries.load_a(a[r], warp_row + 16 * r, s);
-      }
-    }
-    SDPA_UNROLL
-    for (int j = 0; j < S::kKeyTiles; j += 2) {
-      uint32_t b[S::kTerms][4];
-      keys.load_b(b, 8 * j, s);
-      SDPA_UNROLL
-      for (int r = 0; r < S::kRowSets; ++r) {
-        multiply_terms<S::kHalf, 0>(scores[r][j], a[r], b);
-        multiply_terms<S::kHalf, 2>(scores[r][j + 1], a[r], b);
-      }
+  const auto load_a = [&](int r, uint32_t s, uint32_t(&a)[S::kTerms][4]) {
+    if constexpr (S::kWide) {
+      gather_a<S::kHalf>(a, s, [&](int half, uint32_t column) {
+        const uint32_t row = k.first_row + warp_row + lane_index() / 4 + 8 * half;
+        if (row >= f.rows || column >= p.head_dim) return 0.0f;
+        const Rows rows = query_side_rows(p, f.call.inputs.query, p.head_dim, k.b,
+                                          k.head_of(p, row), row % p.query_length, 1);
+        return rows.at(0, column);
+      });
+    } else {
+      queries.load_a(a, warp_row + 16 * r, s);
     }
   };
-  if constexpr (S::kWide) {
-    SDPA_NO_UNROLL
-    for (uint32_t s = 0; 16 * s < p.head_dim; ++s) step(s);
-  } else {
-    SDPA_UNROLL
-    for (uint32_t s = 0; s < kSteps; ++s) {
-      if (16 * s < p.head_dim) step(s);
-    }
-  }
+  multiply_tile<S>(p.head_dim, load_a, keys, scores);
 }
 
 /// The decisions for 16 rows of the block and 8 * kTiles columns.
@@ -231,10 +239,11 @@ SDPA_OUTLINE KeepFragment<kTiles> draw(const ForwardCall& f, const ForwardBlock&
                                     {upper.query, lower.query}, first_column);
 }
 
-/// score_of for 16 rows; `scores` is an array of the caller's, not registers.
+/// score_of for 16 rows, with the softcap's derivative where `slopes` is given; both are arrays of
+/// the caller's, not registers.
 template <typename S>
 SDPA_OUTLINE void score_rows(const ForwardCall& f, const ForwardBlock& k, uint32_t first_row,
-                             uint32_t first_key, float (*scores)[4]) {
+                             uint32_t first_key, float (*scores)[4], float (*slopes)[4]) {
   const MaskView mask = MaskView::of(f.call, k.b);
   SDPA_NO_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -243,7 +252,8 @@ SDPA_OUTLINE void score_rows(const ForwardCall& f, const ForwardBlock& k, uint32
     for (uint32_t i = 0; i < 2 * S::kKeyTiles; ++i) {
       const uint32_t key = first_key + 8 * (i / 2) + 2 * (lane_index() % 4) + i % 2;
       float& score = scores[i / 2][2 * h + i % 2];
-      score = score_of(f.call, mask, score, row.head, row.query, key, row.sees(key));
+      float* const slope = slopes ? &slopes[i / 2][2 * h + i % 2] : nullptr;
+      score = score_of(f.call, mask, score, row.head, row.query, key, row.sees(key), slope);
     }
   }
 }
@@ -263,7 +273,7 @@ SDPA_DEVICE void apply_rules(const ForwardCall& f, const ForwardBlock& k, uint32
     for (int r = 0; r < S::kRowSets; ++r) {
       float copy[S::kKeyTiles][4];
       copy_fragment(scores[r], copy);
-      score_rows<S>(f, k, warp_row + 16 * r, first_key, copy);
+      score_rows<S>(f, k, warp_row + 16 * r, first_key, copy, nullptr);
       copy_fragment(copy, scores[r]);
     }
     return;
@@ -362,16 +372,18 @@ SDPA_DEVICE void to_operand(const float (&fragment)[kTiles][4],
   }
 }
 
-/// sums = sums * correction + weights . values, for 16 rows; `columns` of the tile hold values.
-/// Where operands are split, each tile is summed by itself and added in float32: tensor cores cut
-/// sums off instead of rounding them, and over a long sequence that would show.
-template <Half kHalf, int kTerms, int kWeightTerms, int kSteps, int kColumns>
+/// sums = sums * correction + weights . values, for 16 rows; `columns` of the tile, from column
+/// 16 * first_pair on, hold values. Where operands are split, each tile is summed by itself and
+/// added in float32: tensor cores cut sums off instead of rounding them, and over a long sequence
+/// that would show.
+template <Half kHalf, int kTerms, int kWeightTerms, int kSteps, int kWidth, int kTiles>
 SDPA_DEVICE void multiply_rows(const uint32_t (&weights)[kSteps][kWeightTerms][4],
-                               const Tile<kHalf, kTerms, kColumns>& tile, uint32_t columns,
-                               const float (&correction)[2], float (&sums)[kColumns / 8][4]) {
+                               const Tile<kHalf, kTerms, kWidth>& tile, uint32_t columns,
+                               const float (&correction)[2], float (&sums)[kTiles][4],
+                               uint32_t first_pair = 0) {
   constexpr bool kFresh = kTerms > 1 || kWeightTerms > 1;
   SDPA_UNROLL
-  for (uint32_t n = 0; n < kColumns / 16; ++n) {
+  for (uint32_t n = 0; n < kTiles / 2; ++n) {
     if (16 * n >= columns) continue;
     float fresh[2][4] = {};
     SDPA_UNROLL
@@ -384,7 +396,7 @@ SDPA_DEVICE void multiply_rows(const uint32_t (&weights)[kSteps][kWeightTerms][4
     SDPA_UNROLL
     for (uint32_t s = 0; s < kSteps; ++s) {
       uint32_t b[kTerms][4];
-      tile.load_b_rows(b, 16 * s, n);
+      tile.load_b_rows(b, 16 * s, first_pair + n);
       multiply_terms<kHalf, 0>(fresh[0], weights[s], b);
       multiply_terms<kHalf, 2>(fresh[1], weights[s], b);
     }
@@ -402,9 +414,9 @@ SDPA_DEVICE void multiply_rows(const uint32_t (&weights)[kSteps][kWeightTerms][4
 /// Adds weight * x for every x of `rows` that is not finite and whose weight is not 0: what a
 /// product on a tile without those left out. Rows of `rows` are columns of the operand. The arrays
 /// are the caller's, not registers.
-template <Half kHalf, int kWeightTerms>
+template <Half kHalf, int kWeightTerms, typename From>
 SDPA_OUTLINE void add_nonfinite(const uint32_t (*weights)[kWeightTerms][4], uint32_t steps,
-                                const Rows& rows, uint32_t first_column, float (*sums)[4],
+                                const From& rows, uint32_t first_column, float (*sums)[4],
                                 uint32_t tiles) {
   const uint32_t lane = lane_index(), t = lane % 4;
   SDPA_NO_UNROLL
@@ -439,9 +451,9 @@ SDPA_OUTLINE void add_nonfinite(const uint32_t (*weights)[kWeightTerms][4], uint
 }
 
 /// The same for operand and sums in registers.
-template <Half kHalf, int kWeightTerms, int kSteps, int kTiles>
+template <Half kHalf, int kWeightTerms, int kSteps, int kTiles, typename From>
 SDPA_DEVICE void add_nonfinite_rows(const uint32_t (&weights)[kSteps][kWeightTerms][4],
-                                    const Rows& rows, uint32_t first_column,
+                                    const From& rows, uint32_t first_column,
                                     float (&sums)[kTiles][4]) {
   uint32_t weights_copy[kSteps][kWeightTerms][4];
   SDPA_UNROLL

@@ -1,7 +1,9 @@
 // What the files that instantiate kernels offer to the launchers.
 #pragma once
 
-#include "cuda/forward.cuh"
+#include <algorithm>
+
+#include "cuda/backward.cuh"
 #include "cuda/kernels.h"
 
 namespace sdpa::cuda {
@@ -44,5 +46,35 @@ int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
 /// Every type, in 1 to 3 terms.
 int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
                         Stream stream);
+
+/// Starts query_gradients and key_gradients.
+template <typename S>
+int start_backward(BackwardCall g, const DeviceLimits& limits, Stream stream) {
+  const Problem& p = g.forward.call.problem;
+  const uint32_t warps = warps_that_fit(S::kMostWarps, limits, S::shared_bytes);
+  if (warps == 0) return kInvalidConfiguration;
+  const uint32_t rows = warps * S::kRowsPerWarp, width = std::max(p.head_dim, p.value_dim);
+  g.forward.row_blocks = divide_up(p.query_length, rows);
+  g.key_blocks = divide_up(p.key_length, rows);
+  g.chunks = divide_up(width, S::kKeyColumns);
+  const uint64_t query_blocks = uint64_t{g.forward.row_blocks} * g.forward.units;
+  const uint64_t key_blocks = uint64_t{g.key_blocks} * g.chunks * p.kv_heads * p.batch;
+  if (std::max(query_blocks, key_blocks) > 0x7fffffff) return kInvalidConfiguration;
+  const size_t shared = S::shared_bytes(warps);
+  const int error = start(query_gradients<S>, {uint32_t(query_blocks), 1, 1}, warps * kLanes,
+                          shared, g, limits.sm, stream);
+  if (error != kSuccess) return error;
+  return start(key_gradients<S>, {uint32_t(key_blocks), 1, 1}, warps * kLanes, shared, g, limits.sm,
+               stream);
+}
+
+/// The backward kernels, by number formats as the forward ones; the first two take widths to 128,
+/// the last one 2 or 3 terms.
+int start_backward_float16(const BackwardCall& g, uint32_t width, const DeviceLimits& limits,
+                           Stream stream);
+int start_backward_bfloat16(const BackwardCall& g, uint32_t width, bool exact,
+                            const DeviceLimits& limits, Stream stream);
+int start_backward_split(const BackwardCall& g, uint32_t width, int terms,
+                         const DeviceLimits& limits, Stream stream);
 
 }  // namespace sdpa::cuda

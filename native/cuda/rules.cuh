@@ -103,6 +103,12 @@ struct KeepTransposed {
   }
 };
 
+template <int kTiles>
+SDPA_OUTLINE KeepTransposed<kTiles> draw_transposed(const Call& call, uint32_t b, uint32_t head,
+                                                    uint32_t first_query, uint32_t first_key) {
+  return KeepTransposed<kTiles>::draw(call, b, head, first_query, first_key);
+}
+
 // ---------------------------------------------------------------------------------------- softcap
 
 /// tanh(x): an odd polynomial near 0, elsewhere 1 - 2 / (exp(2|x|) + 1). NaN stays NaN.

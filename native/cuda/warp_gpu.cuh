@@ -132,6 +132,30 @@ SDPA_DEVICE void multiply_float16(float (&c)[4], const uint32_t (&a)[4], const u
 #endif
 }
 
+#if __CUDA_ARCH__ < 800
+/// Turing has no product of bfloat16: lanes hand their operands around. Right, and slow.
+SDPA_OUTLINE float4 multiply_bfloat16_by_lanes(float4 c, uint4 a, uint2 b) {
+  const uint32_t lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < 8; ++i) {  // pairs of columns of A: of the lanes of a quad, twice
+    const uint32_t from = i % 4;
+    const uint32_t low = shuffle(i < 4 ? a.x : a.z, 4 * g + from);
+    const uint32_t high = shuffle(i < 4 ? a.y : a.w, 4 * g + from);
+    const uint32_t left = shuffle(i < 4 ? b.x : b.y, 8 * t + from);
+    const uint32_t right = shuffle(i < 4 ? b.x : b.y, 8 * t + 4 + from);
+    c.x = fmaf(from_bits(low << 16), from_bits(left << 16), c.x);
+    c.x = fmaf(from_bits(low & 0xffff0000), from_bits(left & 0xffff0000), c.x);
+    c.y = fmaf(from_bits(low << 16), from_bits(right << 16), c.y);
+    c.y = fmaf(from_bits(low & 0xffff0000), from_bits(right & 0xffff0000), c.y);
+    c.z = fmaf(from_bits(high << 16), from_bits(left << 16), c.z);
+    c.z = fmaf(from_bits(high & 0xffff0000), from_bits(left & 0xffff0000), c.z);
+    c.w = fmaf(from_bits(high << 16), from_bits(right << 16), c.w);
+    c.w = fmaf(from_bits(high & 0xffff0000), from_bits(right & 0xffff0000), c.w);
+  }
+  return c;
+}
+#endif
+
 /// c += a * b in bfloat16, summed in float32.
 SDPA_DEVICE void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
@@ -140,25 +164,13 @@ SDPA_DEVICE void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  // Turing has no such product: lanes hand their operands around. Right, and slow.
-  const uint32_t lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  SDPA_NO_UNROLL
-  for (uint32_t i = 0; i < 4; ++i) {  // the lane of a quad that holds the columns of A
-    SDPA_UNROLL
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t low = shuffle(a[2 * half], 4 * g + i),
-                     high = shuffle(a[2 * half + 1], 4 * g + i);
-      const uint32_t left = shuffle(b[half], 8 * t + i), right = shuffle(b[half], 8 * t + 4 + i);
-      c[0] += from_bits(low << 16) * from_bits(left << 16);
-      c[0] += from_bits(low & 0xffff0000) * from_bits(left & 0xffff0000);
-      c[1] += from_bits(low << 16) * from_bits(right << 16);
-      c[1] += from_bits(low & 0xffff0000) * from_bits(right & 0xffff0000);
-      c[2] += from_bits(high << 16) * from_bits(left << 16);
-      c[2] += from_bits(high & 0xffff0000) * from_bits(left & 0xffff0000);
-      c[3] += from_bits(high << 16) * from_bits(right << 16);
-      c[3] += from_bits(high & 0xffff0000) * from_bits(right & 0xffff0000);
-    }
-  }
+  const float4 sum =
+      multiply_bfloat16_by_lanes(make_float4(c[0], c[1], c[2], c[3]),
+                                 make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]));
+  c[0] = sum.x;
+  c[1] = sum.y;
+  c[2] = sum.z;
+  c[3] = sum.w;
 #endif
 }
 

@@ -412,6 +412,94 @@ struct Reference {
   }
 };
 
+/// A sum of products with its budget, as of test/reference.ts.
+struct Sum {
+  double value = 0, size = 0, error = 0;
+  void add(double factor, double factor_error, double x) {
+    value += factor * x;
+    size += std::fabs(factor * x);
+    error += factor_error * std::fabs(x);
+  }
+};
+
+struct Gradients {
+  std::vector<Sum> query, key, value, mask;
+
+  /// Gradients of a call whose factors were cut to fewer bits.
+  explicit Gradients(const Reference& r)
+      : query(r.c.query.count), key(r.c.key.count), value(r.c.value.count), mask(r.c.mask.count) {
+    const Problem& p = r.p;
+    size_t row = 0;
+    for (uint32_t b = 0; b < p.batch; ++b) {
+      for (uint32_t h = 0; h < p.query_heads; ++h) {
+        for (uint32_t i = 0; i < p.query_length; ++i, ++row) {
+          if (r.lse[row].value != -kInfinity) add_row(r, b, h, i, row);
+        }
+      }
+    }
+  }
+
+  void add_row(const Reference& r, uint32_t b, uint32_t h, uint32_t i, size_t row) {
+    const Case& c = r.c;
+    const Problem& p = r.p;
+    const size_t first = row * p.key_length, at_grad = c.query_at(b, h, i, p.value_dim);
+    const size_t at_query = c.query_at(b, h, i, p.head_dim);
+    std::vector<double> grad(p.key_length), grad_error(p.key_length);
+    double delta = 0, delta_error = 0;
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      const Bounded& dropped = r.dropped[first + j];
+      const size_t at_value = c.key_at(b, r.kv_head(h), j, p.value_dim);
+      if (dropped.value != 0) {
+        const double multiplier = r.drops(Placement::weights) ? r.dropout.keep_scale : 1;
+        double size = 0;
+        for (uint32_t d = 0; d < p.value_dim; ++d) {
+          const double channel = r.channel(row * p.value_dim + d);
+          if (channel == 0) continue;
+          const double upstream = channel * c.grad_output.at(at_grad + d);
+          const double product = multiplier * upstream * c.value.at(at_value + d);
+          grad[j] += product;
+          size += std::fabs(product);
+          value[at_value + d].add(dropped.value, dropped.error + dropped.value * r.cuts.computed,
+                                  upstream);
+        }
+        grad_error[j] = ((p.value_dim + 6) * kU + r.cuts.inputs) * size;
+      }
+      if (r.weights[first + j].value != 0) delta += r.weights[first + j].value * grad[j];
+    }
+    for (uint32_t d = 0; d < p.value_dim; ++d) {
+      const Bounded& output = r.output[row * p.value_dim + d];
+      delta_error += std::fabs(c.grad_output.at(at_grad + d)) *
+                     (output.error + sum_roundings(p.value_dim) * std::fabs(output.value));
+    }
+    for (uint32_t j = 0; j < p.key_length; ++j) {
+      const Bounded& weight = r.weights[first + j];
+      if (weight.value == 0) continue;
+      const double difference = grad[j] - delta;
+      const double difference_error =
+          grad_error[j] + delta_error + kArgument * (std::fabs(grad[j]) + std::fabs(delta));
+      const double d_score = weight.value * difference;
+      const double d_score_error =
+          weight.error * std::fabs(difference) + weight.value * difference_error * kSlack;
+      if (!mask.empty()) mask[c.mask_at(b, h, i, j)].add(d_score, d_score_error, 1);
+      const Bounded& slope = r.slopes[first + j];
+      const double d_raw = d_score * slope.value;
+      const double d_raw_error = d_score_error * slope.value +
+                                 std::fabs(d_score) * slope.error * kSlack +
+                                 std::fabs(d_raw) * r.cuts.computed + cut_step(r);
+      const size_t at_key = c.key_at(b, r.kv_head(h), j, p.head_dim);
+      for (uint32_t d = 0; d < p.head_dim; ++d) {
+        query[at_query + d].add(d_raw, d_raw_error, c.key.at(at_key + d));
+        key[at_key + d].add(d_raw, d_raw_error, c.query.at(at_query + d));
+      }
+    }
+  }
+
+  /// What float16 cannot hold of a small score gradient.
+  static double cut_step(const Reference& r) {
+    return r.p.type == Type::float16 && r.cuts.computed > 0 ? 0x1p-25 : 0;
+  }
+};
+
 // ------------------------------------------------------------------------------------- comparisons
 
 int failures = 0;
@@ -497,12 +585,84 @@ void check_forward(const Case& c, const Reference& r) {
   if (again.output.bytes != run.output.bytes) fail(c, "another output the second time");
 }
 
+void compare_sums(const Case& c, const char* name, const std::vector<Sum>& want, double terms,
+                  double factor, const Buffer& actual) {
+  std::vector<Bounded> bounded;
+  for (const Sum& sum : want) {
+    const double value = factor * sum.value;
+    const double raw = sum.error + sum_roundings(terms) * sum.size;
+    bounded.push_back({value, stored(value, std::fabs(factor) * raw, actual.type)});
+  }
+  compare(c, name, bounded, [&](size_t i) { return actual.at(i); });
+}
+
+struct Backward {
+  Buffer query, key, value, mask;
+
+  void run(const Case& c, const Forward& forward) {
+    const Problem& p = c.p;
+    query = Buffer(p.type, c.query.count);
+    key = Buffer(p.type, c.key.count);
+    value = Buffer(p.type, c.value.count);
+    mask = Buffer(c.mask.type, c.mask.count);
+    const BackwardTensors tensors{forward.output.data(),
+                                  static_cast<const float*>(forward.lse.data()),
+                                  c.grad_output.data(),
+                                  query.data(),
+                                  key.data(),
+                                  value.data(),
+                                  c.mask.count ? mask.data() : nullptr};
+    std::vector<unsigned char> workspace(cuda::backward_workspace(p, c.mask.count > 0, c.limits),
+                                         0xff);
+    const int error =
+        cuda::launch_backward(p, c.inputs(), tensors, workspace.data(), c.limits, nullptr);
+    if (error != 0) fail(c, "launch_backward: error " + std::to_string(error));
+    for (const Buffer* b : {&query, &key, &value, &mask}) {
+      if (!b->guards_stand()) fail(c, "a write outside of a gradient");
+    }
+  }
+};
+
+void check_backward(const Case& c, const Reference& r) {
+  const Problem& p = c.p;
+  Forward forward;
+  forward.run(c, false);
+  Backward run;
+  run.run(c, forward);
+  const Gradients want(r);
+  const double readers = double(p.query_heads / p.kv_heads) * p.query_length;
+  compare_sums(c, "grad_query", want.query, p.key_length, p.scale, run.query);
+  compare_sums(c, "grad_key", want.key, readers, p.scale, run.key);
+  compare_sums(c, "grad_value", want.value, readers, 1, run.value);
+  if (c.mask.count) {
+    const double summed = double(c.rows()) * p.key_length / double(c.mask.count);
+    compare_sums(c, "grad_mask", want.mask, summed, 1, run.mask);
+  }
+  Backward again;
+  again.run(c, forward);
+  if (again.query.bytes != run.query.bytes || again.key.bytes != run.key.bytes ||
+      again.value.bytes != run.value.bytes || again.mask.bytes != run.mask.bytes) {
+    fail(c, "other gradients the second time");
+  }
+}
+
+void check_mask(const Case& c) {
+  const Problem& p = c.p;
+  const bool context = p.dropout_placement == Placement::context;
+  std::vector<uint8_t> want(c.rows() * (context ? p.value_dim : p.key_length)), got(want.size(), 2);
+  fill_keep_mask(p, want.data());
+  if (cuda::launch_dropout_mask(p, got.data(), nullptr) != 0) fail(c, "launch_dropout_mask");
+  if (got != want) fail(c, "another dropout mask than core/keep_mask.h");
+}
+
 void check_case(uint64_t seed) {
   const Case c = choose(seed);
   if (cuda::forward_unsupported(c.p, c.limits)) return fail(c, "unsupported");
   const Reference reference(c);
   const int before = failures;
   check_forward(c, reference);
+  if (c.backward) check_backward(c, reference);
+  if (c.p.dropout_p > 0) check_mask(c);
   if (failures > before) std::printf("  seed %llu\n", static_cast<unsigned long long>(seed));
 }
 
