@@ -26,6 +26,11 @@
       'native/cuda/run.cpp',
     ],
     'sdpa_cuda_kernel_sources': [
+      'native/cuda/backward.cu',
+      'native/cuda/backward_bfloat16.cu',
+      'native/cuda/backward_float16.cu',
+      'native/cuda/backward_split.cu',
+      'native/cuda/dropout_mask.cu',
       'native/cuda/forward.cu',
       'native/cuda/forward_bfloat16.cu',
       'native/cuda/forward_float16.cu',
@@ -34,10 +39,7 @@
     # What plays a GPU in the emulated plugin, which only tests use.
     'sdpa_cuda_emulation_sources': [
       'native/cuda/emulated_runtime.cpp',
-      'native/cuda/emulated_kernels.cpp',
       'native/cuda/emulation/machine.cpp',
-      'native/cpu/portable.cpp',
-      'native/cpu/thread_pool.cpp',
     ],
     'sdpa_cuda_compile_flags': [
       '-std=c++17',
