@@ -8,12 +8,20 @@ import { run } from './build-native.mjs';
 /** The greatest size of an addon, in bytes. */
 export const MOST_BYTES = 1_500_000;
 
+/** The CUDA plugin: its greatest size, its only export, and the GPUs that it has machine code for. */
+export const PLUGIN = {
+  name: 'libsdpa_cuda.so',
+  mostBytes: 20_000_000,
+  exported: 'sdpa_cuda_plugin',
+  machineCode: ['sm_75', 'sm_80', 'sm_86', 'sm_89', 'sm_90a', 'sm_100', 'sm_120'],
+};
+
 /** The oldest glibc that has to do: that of RHEL 8 and Debian 10, which Node 20 needs as well. */
 export const GLIBC_FLOOR = '2.28';
 
 /** What each kind of system brings; libraries of compilers are not among it. */
 const LIBRARIES = {
-  glibc: /^(libc|libm|libpthread|libdl)\.so\.\d+$|^ld-linux-.*\.so\.\d+$/,
+  glibc: /^(libc|libm|libpthread|libdl|librt)\.so\.\d+$|^ld-linux-.*\.so\.\d+$/,
   musl: /^libc\.so$/,
   win32: /^(KERNEL32\.dll|msvcrt\.dll|node\.exe)$/,
   darwin: /^(\/usr\/lib\/libSystem\.B\.dylib|\/usr\/lib\/libc\+\+\.1\.dylib)$/,
@@ -39,6 +47,7 @@ export function checkBinaries(folder) {
     if (name.endsWith('.node') && size > MOST_BYTES) {
       problems.push(`${name} has ${size} bytes, more than ${MOST_BYTES}`);
     }
+    if (path.basename(name) === PLUGIN.name) problems.push(...checkPlugin(file, size));
     const kind = systemOf(name);
     const { libraries, versions } = requirementsOf(file, kind);
     const foreign = libraries.filter((library) => !LIBRARIES[kind].test(library));
@@ -49,6 +58,28 @@ export function checkBinaries(folder) {
     const newest = versions.at(-1) ?? 'no versions';
     console.log(`${name}: ${size} bytes, ${libraries.join(' ')}, ${newest}`);
   }
+  return problems;
+}
+
+/**
+ * What is wrong with a CUDA plugin, but for the libraries that it needs.
+ * @param {string} file
+ * @param {number} size
+ */
+export function checkPlugin(file, size, machineCode = PLUGIN.machineCode) {
+  const problems = [];
+  if (size > PLUGIN.mostBytes) {
+    problems.push(`${file} has ${size} bytes, more than ${PLUGIN.mostBytes}`);
+  }
+  const symbols = run('nm', ['--dynamic', '--defined-only', '--format=just-symbols', file]).output;
+  const exported = symbols.trim().split('\n').join(', ');
+  if (exported !== PLUGIN.exported) problems.push(`${file} exports ${exported}`);
+  const elf = run('cuobjdump', ['--list-elf', file]);
+  const ptx = run('cuobjdump', ['--list-ptx', file]);
+  const present = new Set(elf.output.match(/\bsm_\d+a?\b/g));
+  const missing = machineCode.filter((name) => !present.has(name));
+  if (missing.length > 0) problems.push(`${file} has no code for ${missing.join(', ')}`);
+  if (!/PTX file/.test(ptx.output)) problems.push(`${file} has no PTX for later GPUs`);
   return problems;
 }
 

@@ -1,5 +1,6 @@
 // Makes the binaries that the package ships, in prebuilds/: this machine's own and, by cross
-// compilers, those of others. prebuildify drives cmake-js; then every binary is checked.
+// compilers, those of others. prebuildify drives cmake-js; then every binary is checked. Where nvcc
+// is, linux-x64 comes with the CUDA plugin.
 //
 //   npm run prebuild               this machine's, and all others whose compiler is here
 //   npm run prebuild -- TARGET...  these; a missing compiler is an error then
@@ -24,6 +25,7 @@ const PREBUILDS = path.join(root, 'prebuilds');
  * @property {string[]} needs programs, and files by their whole path
  * @property {string} [packages] of Debian that have them
  * @property {string} [strip] a program
+ * @property {boolean} [cuda] with the plugin
  */
 
 /** Needs an x86-64 Linux machine. @type {Record<string, Target>} */
@@ -77,8 +79,11 @@ function findTargets() {
   const header = /** @type {any} */ (process.report.getReport()).header;
   const isMusl = header.glibcVersionRuntime === undefined;
   const name = `linux-${arch}${isMusl ? '-musl' : ''}`;
-  const crossed = arch === 'x64' && !isMusl ? CROSS_TARGETS : {};
-  return { [name]: { ...own, libc: isMusl ? 'musl' : 'glibc' }, ...crossed };
+  const isMain = arch === 'x64' && !isMusl;
+  const cuda = isMain && has('nvcc');
+  if (isMain && !cuda) console.log('linux-x64: no nvcc here, and so no CUDA plugin');
+  const libc = isMusl ? 'musl' : 'glibc';
+  return { [name]: { ...own, libc, cuda }, ...(isMain ? CROSS_TARGETS : {}) };
 }
 
 /** @param {Record<string, Target>} targets */
@@ -92,10 +97,11 @@ function has(need) {
 }
 
 /** @param {Target} target */
-async function build({ platform, arch, libc, build, toolchain, strip }) {
+async function build({ platform, arch, libc, build, toolchain, strip, cuda }) {
   const folder = path.join(root, build);
   mkdirSync(folder, { recursive: true });
   process.env.SDPA_TOOLCHAIN = toolchain ? path.join(root, 'tools', `${toolchain}.cmake`) : '';
+  process.env.SDPA_CUDA = cuda ? 'ON' : '';
   await prebuildify({
     ...{ platform, arch, libc, tagLibc: libc !== undefined, name: 'node-sdpa', napi: true },
     ...{ cwd: folder, out: root, strip: platform !== 'win32', stripBin: strip ?? 'strip' },

@@ -3,7 +3,9 @@
 // folder to build in. Of its arguments none concerns a build that is for every version of Node.
 import { buildWithCmake } from './build-native.mjs';
 
-const toolchain = process.env.SDPA_TOOLCHAIN;
-const build = buildWithCmake(process.cwd(), toolchain ? [`CMAKE_TOOLCHAIN_FILE=${toolchain}`] : []);
+const { SDPA_TOOLCHAIN: toolchain, SDPA_CUDA: cuda } = process.env;
+const settings = toolchain ? [`CMAKE_TOOLCHAIN_FILE=${toolchain}`] : [];
+if (cuda) settings.push(`SDPA_CUDA=${cuda}`); // the plugin is left beside the addon, and taken too
+const build = buildWithCmake(process.cwd(), settings);
 if (!build.ok) console.error(build.output);
 process.exit(build.status);
