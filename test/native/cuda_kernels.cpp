@@ -655,6 +655,101 @@ void check_mask(const Case& c) {
   if (got != want) fail(c, "another dropout mask than core/keep_mask.h");
 }
 
+// ---------------------------------------------------------------------------------- special values
+
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+/// NaN and infinity in keys and values that no row sees, and in keys that some rows see: the rows
+/// that do not see them keep their bits, the others get a NaN or infinity in every column.
+void check_special(Type type, Precision precision, uint32_t width, double poison, bool decode) {
+  Case c;
+  Problem& p = c.p;
+  p.batch = p.kv_heads = 1;
+  p.query_heads = 2;
+  p.query_length = decode ? 3 : 70;
+  p.key_length = decode ? 600 : 90;
+  p.head_dim = width;
+  p.value_dim = std::min(width, 256u);
+  p.type = p.key_type = type;
+  p.precision = precision;
+  p.scale = float(1 / std::sqrt(double(width)));
+  p.is_causal = 1;
+  p.causal_offset = decode ? 520 : 5;
+  p.window_left = p.window_right = -1;
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22};
+  Random r(17);
+  c.query = Buffer(type, c.rows() * p.head_dim);
+  c.key = Buffer(type, size_t{p.key_length} * p.head_dim);
+  c.value = Buffer(type, size_t{p.key_length} * p.value_dim);
+  c.grad_output = Buffer(type, c.rows() * p.value_dim);
+  for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
+  Forward clean;
+  clean.run(c, false);
+  Backward clean_grads;
+  const bool gradients = width <= 256 && !decode;
+  if (gradients) clean_grads.run(c, clean);
+  const uint32_t hit = uint32_t(p.causal_offset) + 1;  // seen by the queries from 1 on
+  for (uint32_t d = 0; d < p.value_dim; ++d) c.value.set(hit * p.value_dim + d, poison);
+  Forward run;
+  run.run(c, false);
+  Backward grads;
+  if (gradients) grads.run(c, run);
+  for (size_t row = 0; row < c.rows(); ++row) {
+    const bool sees = row % p.query_length >= 1;
+    if (!same(run.lse.at(row), clean.lse.at(row))) return fail(c, "a value changed an lse");
+    for (uint32_t d = 0; d < p.value_dim; ++d) {
+      const size_t at = row * p.value_dim + d;
+      if (sees ? std::isfinite(run.output.at(at))
+               : !same(run.output.at(at), clean.output.at(at))) {
+        return fail(c, "a poisoned value: output of row " + std::to_string(row));
+      }
+    }
+    for (uint32_t d = 0; gradients && d < p.head_dim; ++d) {
+      const size_t at = row * p.head_dim + d;
+      if (sees ? std::isfinite(grads.query.at(at))
+               : !same(grads.query.at(at), clean_grads.query.at(at))) {
+        return fail(c, "a poisoned value: grad_query of row " + std::to_string(row));
+      }
+    }
+  }
+  if (!gradients) return;
+  // A query's gradient that is not finite stays with the keys that it sees.
+  r = Random(17);
+  for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
+  for (uint32_t d = 0; d < p.value_dim; ++d) c.grad_output.set(3 * p.value_dim + d, poison);
+  grads.run(c, clean);
+  for (uint32_t key = 0; key < p.key_length; ++key) {
+    const bool sees = key <= uint32_t(p.causal_offset) + 3;
+    for (uint32_t d = 0; d < p.head_dim; ++d) {
+      const size_t at = key * p.head_dim + d;
+      if (sees ? std::isfinite(grads.key.at(at)) : !same(grads.key.at(at), clean_grads.key.at(at))) {
+        return fail(c, "a poisoned gradient: grad_key of key " + std::to_string(key));
+      }
+    }
+    for (uint32_t d = 0; d < p.value_dim; ++d) {
+      const size_t at = key * p.value_dim + d;
+      if (sees ? std::isfinite(grads.value.at(at))
+               : !same(grads.value.at(at), clean_grads.value.at(at))) {
+        return fail(c, "a poisoned gradient: grad_value of key " + std::to_string(key));
+      }
+    }
+  }
+}
+
+void check_all_special() {
+  for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
+    for (const Precision precision : {Precision::highest, Precision::medium}) {
+      for (const double poison : {std::nan(""), -kInfinity}) {
+        for (const uint32_t width : {24u, 128u, 160u}) {
+          check_special(type, precision, width, poison, false);
+        }
+        check_special(type, precision, 24, poison, true);
+      }
+      check_special(type, precision, 300, kInfinity, false);
+    }
+  }
+}
+
 void check_case(uint64_t seed) {
   const Case c = choose(seed);
   if (cuda::forward_unsupported(c.p, c.limits)) return fail(c, "unsupported");
@@ -675,6 +770,7 @@ int main(int argc, char** argv) {
   const auto start = std::chrono::steady_clock::now();
   std::printf("cuda kernels, emulated: seed %llu, %d runs\n", static_cast<unsigned long long>(seed),
               runs);
+  if (first == 0) check_all_special();
   for (int i = first; i < first + runs; ++i) check_case(seed + uint64_t(i));
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   std::printf("%d failures; at most %.0f %% of an error budget; %.1f s\n", failures,

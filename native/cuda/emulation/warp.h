@@ -35,6 +35,7 @@ struct Shuffle {
   static void complete(void* const* lanes) {
     for (uint32_t i = 0; i < kLanes; ++i) {
       Shuffle& self = *static_cast<Shuffle*>(lanes[i]);
+      if (i == 9 && planted() == Fault::shuffle) self.lane += 1;
       self.result = static_cast<const Shuffle*>(lanes[self.lane % kLanes])->value;
     }
   }
@@ -81,7 +82,9 @@ struct Product {
     for (uint32_t row = 0; row < 16; ++row) {
       for (uint32_t k = 0; k < 16; ++k) {
         const uint32_t lane = row % 8 * 4 + k % 8 / 2;
-        a[row][k] = half(at(lane)->a[row / 8 + 2 * (k / 8)], k % 2);
+        const uint32_t rows = row / 8, columns = k / 8;
+        const bool swapped = planted() == Fault::fragment;
+        a[row][k] = half(at(lane)->a[swapped ? columns + 2 * rows : rows + 2 * columns], k % 2);
       }
     }
     for (uint32_t k = 0; k < 16; ++k) {
@@ -116,7 +119,8 @@ inline float shuffle_xor(float x, uint32_t mask) {
 }
 
 inline float exp2_fast(float x) {
-  const float y = std::exp2(x);
+  float y = std::exp2(x);
+  if (emulation::planted() == emulation::Fault::exponential) y *= 1 + 0x1p-18f;
   return y < 0x1p-126f ? 0.0f : y;
 }
 
