@@ -1,7 +1,7 @@
 // Packs what a machine with a GPU needs beside Node into out/gpu: the tests of the backends as one
 // file, their vectors, and the binaries. `npm run test:gpu` runs it; `node tools/gpu-bundle.mjs` is
 // for machines to copy out/gpu to, where `node dist/tests.cjs` does the rest.
-import { cpSync, existsSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
+import { cpSync, existsSync, mkdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
@@ -12,7 +12,16 @@ export const bundle = path.join(root, 'out/gpu');
 
 const FILES = [
   'test/gpu/checks.test.ts',
-  ...['conformance', 'properties', 'dropout', 'packed', 'precision', 'samples', 'splits'],
+  ...[
+    'conformance',
+    'properties',
+    'dropout',
+    'packed',
+    'precision',
+    'samples',
+    'splits',
+    'special-values',
+  ],
 ].map((name) => (name.includes('/') ? name : `test/${name}.test.ts`));
 
 /** @param {string} binaries the folder of addon and plugin */

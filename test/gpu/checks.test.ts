@@ -143,9 +143,11 @@ function stored(type: 'float32' | 'float16' | 'bfloat16', phase: number, dims: n
   const floats = wave(phase, dims);
   if (type === 'float32') return floats;
   const bits = new Uint32Array(Float32Array.from(floats.data).buffer);
-  // Truncated to bfloat16; as float16 the same patterns, with an exponent's top bits cleared, are
-  // other finite numbers.
+  // Truncated to bfloat16; as float16 the same patterns, with another exponent, are other numbers.
   const halves = Uint16Array.from(bits, (word) => word >>> 16);
-  if (type === 'float16') halves.forEach((half, i) => (halves[i] = (half & 0x83ff) | 0x3800));
-  return new Tensor(type, halves, dims);
+  return new Tensor(type, type === 'float16' ? halves.map(toSmallFloat16) : halves, dims);
+}
+
+function toSmallFloat16(bits: number): number {
+  return (bits & 0x83ff) | 0x3800;
 }

@@ -1,0 +1,192 @@
+"""node-sdpa's CUDA kernels against PyTorch's attention, in one process on the same tensors.
+
+Usage: compare.py PLUGIN [--quick]. Prints a table and, as its last line, the same as JSON.
+
+Every time is between two CUDA events around one call and the wait for its end; subjects take turns
+in a fresh random order each round; the median of all rounds is shown. Before that each result is
+held against float64, of one head. Operations: 4 * B * H * L * L * D forward (half if causal), times
+2.5 backward.
+"""
+import argparse
+import json
+import random
+import statistics
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from plugin import BackwardTensors, ForwardOutputs, Inputs, Plugin, make_problem
+
+KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+         "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+PRECISIONS = ["highest", "high", "medium"]
+#         batch, heads, length, head dim
+SHAPES = [(1, 16, 8192, 128), (4, 16, 2048, 128), (8, 16, 1024, 64), (2, 16, 4096, 64)]
+DECODE = (8, 32, 4, 32768, 128)  # batch, query heads, kv heads, keys, head dim
+
+
+def pointer(tensor):
+    return tensor.data_ptr()
+
+
+class Ours:
+    def __init__(self, plugin, precision):
+        self.plugin, self.precision = plugin, precision
+
+    def prepare(self, tensors, kind, causal, dropout):
+        q, k, v, g = tensors
+        kv_heads, keys = k.shape[1], k.shape[2]
+        problem = make_problem(tuple(q.shape), kind, causal, dropout, self.precision, kv_heads, keys)
+        inputs = Inputs(pointer(q), pointer(k), pointer(v))
+        output = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        outputs = ForwardOutputs(pointer(output), pointer(lse))
+        backward = BackwardTensors(pointer(output), pointer(lse), pointer(g), *map(pointer, grads))
+        self.kept = (tensors, output, lse, grads)
+        forward = lambda: self.plugin.forward(problem, inputs, outputs)
+        forward()
+        return forward, lambda: self.plugin.backward(problem, inputs, backward), output, grads
+
+
+class Peer:
+    def __init__(self, backend):
+        self.backend = backend
+
+    def prepare(self, tensors, kind, causal, dropout):
+        q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+        g = tensors[3]
+
+        def call():
+            with sdpa_kernel(self.backend):
+                return scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+
+        output = call()
+        grads = torch.autograd.grad(output, (q, k, v), g, retain_graph=True)
+
+        def forward():
+            with torch.no_grad():
+                call()
+
+        backward = lambda: torch.autograd.grad(output, (q, k, v), g, retain_graph=True)
+        return forward, backward, output.detach(), grads
+
+
+def exact(tensors, causal):
+    """Output and gradients of the first head in float64, on the GPU."""
+    q, k, v, g = (t[:1, :1].double() for t in tensors)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    with sdpa_kernel(SDPBackend.MATH):
+        output = scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return output.detach(), torch.autograd.grad(output, (q, k, v), g)
+
+
+def error(actual, wanted):
+    part = actual[:1, :1].double()
+    return ((part - wanted).norm() / wanted.norm()).item()
+
+
+def time_ms(call):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    torch.cuda.current_stream().synchronize()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def race(calls, rounds):
+    times = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name in random.sample(list(calls), len(calls)):
+            ms = time_ms(calls[name])
+            if turn >= 2:  # the first two warm up
+                times[name].append(ms)
+    return {name: (statistics.median(ms), max(ms) / min(ms)) for name, ms in times.items()}
+
+
+def measure(plugin, shape, kind, causal, dropout, rounds):
+    torch.manual_seed(1)
+    tensors = [torch.randn(shape, device="cuda", dtype=KINDS[kind]) for _ in range(4)]
+    subjects = {name: Peer(backend) for name, backend in PEERS.items()}
+    precisions = PRECISIONS if kind == "float32" else PRECISIONS[:2]
+    for number, name in enumerate(precisions):
+        subjects[f"node-sdpa {name}"] = Ours(plugin, number)
+    with_error = dropout == 0  # masks differ from library to library
+    wanted = exact(tensors, causal) if with_error else None
+    forwards, backwards, errors = {}, {}, {}
+    for name, subject in subjects.items():
+        try:
+            forwards[name], backwards[name], output, grads = subject.prepare(
+                tensors, kind, causal, dropout)
+            backwards[name]()
+            torch.cuda.synchronize()
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as reason:
+            forwards.pop(name, None), backwards.pop(name, None)
+            print(f"  {name}: left out, {str(reason).splitlines()[0][:90]}")
+            continue
+        if with_error:
+            errors[name] = (error(output, wanted[0]),
+                            max(error(a, b) for a, b in zip(grads, wanted[1])))
+    batch, heads, length, dim = shape
+    flops = 4 * batch * heads * length**2 * dim / (2 if causal else 1)
+    rows = []
+    for direction, calls, factor in (("forward", forwards, 1), ("backward", backwards, 2.5)):
+        for name, (ms, spread) in race(calls, rounds).items():
+            found = errors.get(name, (None, None))[direction == "backward"]
+            rows.append(dict(shape=shape, kind=kind, causal=causal, dropout=dropout,
+                             direction=direction, subject=name, ms=ms, spread=spread,
+                             tflops=factor * flops / ms / 1e9, error=found))
+    return rows
+
+
+def measure_decode(plugin, rounds):
+    batch, heads, kv_heads, keys, dim = DECODE
+    make = lambda *dims: torch.randn(dims, device="cuda", dtype=torch.bfloat16)
+    tensors = [make(batch, heads, 1, dim), make(batch, kv_heads, keys, dim),
+               make(batch, kv_heads, keys, dim), make(batch, heads, 1, dim)]
+    source = torch.cat([t.flatten() for t in tensors[1:3]])
+    target = torch.empty_like(source)
+    size = source.numel() * source.element_size()
+    calls = {"copy on the device": lambda: target.copy_(source)}
+    for name, subject in {"node-sdpa": Ours(plugin, 0), "flash": Peer(PEERS["flash"])}.items():
+        calls[name] = subject.prepare(tensors, "bfloat16", False, 0.0)[0]
+    rows = []
+    for name, (ms, spread) in race(calls, rounds).items():
+        moved = 2 * size if name.startswith("copy") else size
+        rows.append(dict(shape=DECODE, kind="bfloat16", direction="decode", subject=name, ms=ms,
+                         spread=spread, gigabytes_per_second=moved / ms / 1e6))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("plugin")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    rounds = 5 if options.quick else 30
+    plugin = Plugin(options.plugin)
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
+    rows = []
+    for kind in ("bfloat16", "float16", "float32"):
+        for shape in SHAPES[:1] if options.quick else SHAPES:
+            for causal, dropout in ((False, 0.0), (True, 0.0), (False, 0.1), (True, 0.1)):
+                print(f"\n{kind} {shape}{' causal' if causal else ''}, dropout {dropout}")
+                for row in measure(plugin, shape, kind, causal, dropout, rounds):
+                    rows.append(row)
+                    found = "" if row["error"] is None else f"  error {row['error']:.1e}"
+                    print(f"  {row['direction']:9} {row['subject']:20} {row['ms']:8.3f} ms "
+                          f"{row['tflops']:7.1f} TFLOP/s  spread {row['spread']:.2f}{found}")
+    print(f"\ndecode, bfloat16, {DECODE}")
+    for row in measure_decode(plugin, rounds):
+        rows.append(row)
+        print(f"  {row['subject']:20} {row['ms']:8.3f} ms {row['gigabytes_per_second']:7.0f} GB/s")
+    print(json.dumps(rows))
+
+
+main()
