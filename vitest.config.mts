@@ -11,7 +11,11 @@ const hasEmulatedGpu = existsSync(join(emulated, 'build/Release/libsdpa_cuda.so'
  * The tests of the GPU alone, and those that go through every backend and end soon on a GPU that is
  * played by the CPU; all others run on a real one (npm run test:gpu).
  */
-const ON_GPU = ['test/cuda/*.test.ts', ...['conformance', 'dropout', 'splits'].map(fileOf)];
+const ON_GPU = [
+  'test/cuda/*.test.ts',
+  'test/gpu/*.test.ts',
+  ...['conformance', 'dropout', 'splits'].map(fileOf),
+];
 
 function fileOf(name: string): string {
   return `test/${name}.test.ts`;
@@ -38,7 +42,7 @@ export default defineConfig({
         test: {
           name: 'cpu',
           include: ['test/**/*.test.ts'],
-          exclude: ['test/cuda/**'],
+          exclude: ['test/cuda/**', 'test/gpu/**'],
           // A run against a chosen addon proves in every file that it was the one in use.
           setupFiles: chosen ? ['tools/prove-binary.ts'] : [],
         },
@@ -56,6 +60,7 @@ export default defineConfig({
                   NODE_SDPA_PREBUILD: emulated,
                   SDPA_TEST_BACKENDS: 'cuda',
                   SDPA_EMULATED_DEVICES: '2',
+                  SDPA_TEST_SMALL: '1',
                 },
               },
             },

@@ -8,7 +8,18 @@ import { debug, loadBinding, type NativeBinding } from './binding';
 import { invalidValue, type SdpaError, sdpaError } from './errors';
 import { checkFile } from './load-failure';
 
-/** Where a tensor is: in host memory, on the first GPU, or on one by its number. */
+/**
+ * Where a tensor is: in host memory, on the first GPU, or on one by its number.
+ *
+ * @example
+ * ```js
+ * import { Tensor } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = new Tensor('float32', new Float32Array(1), [1]);
+ * assert.strictEqual(tensor.location, 'cpu');
+ * await assert.rejects(tensor.to('cuda:99'), { code: 'ERR_SDPA_BACKEND_UNAVAILABLE' });
+ * ```
+ */
 export type Location = 'cpu' | 'cuda' | `cuda:${number}`;
 
 /** One GPU that the driver knows, and why it cannot be used where it cannot. */

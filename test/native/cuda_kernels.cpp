@@ -699,8 +699,7 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
     if (!same(run.lse.at(row), clean.lse.at(row))) return fail(c, "a value changed an lse");
     for (uint32_t d = 0; d < p.value_dim; ++d) {
       const size_t at = row * p.value_dim + d;
-      if (sees ? std::isfinite(run.output.at(at))
-               : !same(run.output.at(at), clean.output.at(at))) {
+      if (sees ? std::isfinite(run.output.at(at)) : !same(run.output.at(at), clean.output.at(at))) {
         return fail(c, "a poisoned value: output of row " + std::to_string(row));
       }
     }
@@ -722,7 +721,8 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
     const bool sees = key <= uint32_t(p.causal_offset) + 3;
     for (uint32_t d = 0; d < p.head_dim; ++d) {
       const size_t at = key * p.head_dim + d;
-      if (sees ? std::isfinite(grads.key.at(at)) : !same(grads.key.at(at), clean_grads.key.at(at))) {
+      if (sees ? std::isfinite(grads.key.at(at))
+               : !same(grads.key.at(at), clean_grads.key.at(at))) {
         return fail(c, "a poisoned gradient: grad_key of key " + std::to_string(key));
       }
     }
