@@ -165,6 +165,8 @@ SDPA_DEVICE void query_tile(const BackwardCall& g, const ForwardBlock& k, uint32
   const ForwardCall& f = g.forward;
   const Call& call = f.call;
   const Problem& p = call.problem;
+  KeepTile<S> keep;
+  draw_tile<S>(f, k, warp_row, first_key, keep);
   multiply_queries<S>(f, k, warp_row, tiles.owned, tiles.tile, weights);
   if (p.softcap > 0) {
     float copy[S::kKeyTiles][4];
@@ -174,11 +176,8 @@ SDPA_DEVICE void query_tile(const BackwardCall& g, const ForwardBlock& k, uint32
   } else {
     apply_rules<S>(f, k, warp_row, first_key, weights);
   }
-  KeepFragment<S::kKeyTiles> keep;
-  const bool drops_scores = call.drops(Placement::scores);
+  if (call.drops(Placement::scores)) drop_tile<S>(keep, -SDPA_INFINITY, weights);
   const bool drops_weights = call.drops(Placement::weights);
-  if (drops_scores || drops_weights) keep = draw<S::kKeyTiles>(f, k, warp_row, first_key);
-  if (drops_scores) drop(keep, -SDPA_INFINITY, weights[0]);
   SDPA_UNROLL
   for (int j = 0; j < S::kKeyTiles; ++j) {
     SDPA_UNROLL
@@ -198,7 +197,7 @@ SDPA_DEVICE void query_tile(const BackwardCall& g, const ForwardBlock& k, uint32
   multiply_tile<S>(p.value_dim, load_a, tiles.tile_values, grads);
   differentiate_softmax(
       call, [&](int, int e) { return delta[e / 2]; },
-      [&](int j, int e) { return !drops_weights || keep.keeps(j, e); }, weights[0], grads[0]);
+      [&](int j, int e) { return !drops_weights || keep[0].keeps(j, e); }, weights[0], grads[0]);
 }
 
 /// lse and Delta of the thread's two rows; rows that are padding have none.
@@ -382,6 +381,12 @@ SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t war
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
   const uint32_t first_key = k.first_key + warp_key, t = lane_index() % 4;
+  KeepTransposed<S::kKeyTiles> keep{0};
+  const bool drops_scores = call.drops(Placement::scores);
+  const bool drops_weights = call.drops(Placement::weights);
+  if (drops_scores || drops_weights) {
+    keep = draw_transposed<S::kKeyTiles>(call, k.b, head, first_query, first_key);
+  }
   const auto gather = [&](const void* data, uint32_t width, uint32_t s,
                           uint32_t(&a)[S::kTerms][4]) {
     const Rows rows =
@@ -413,12 +418,6 @@ SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t war
     copy_fragment(weights[0], copy);
     score_keys<S>(g, k, first_key, head, first_query, copy, slopes);
     copy_fragment(copy, weights[0]);
-  }
-  KeepTransposed<S::kKeyTiles> keep;
-  const bool drops_scores = call.drops(Placement::scores);
-  const bool drops_weights = call.drops(Placement::weights);
-  if (drops_scores || drops_weights) {
-    keep = draw_transposed<S::kKeyTiles>(call, k.b, head, first_query, first_key);
   }
   const size_t row = flat_row(p, k.b, head, 0);
   const auto query_of = [&](int j, int e) {

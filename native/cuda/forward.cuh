@@ -314,12 +314,25 @@ SDPA_DEVICE void drop(const KeepFragment<kTiles>& keep, float dropped, float (*f
 }
 
 template <typename S>
-SDPA_DEVICE void drop_tile(const ForwardCall& f, const ForwardBlock& k, uint32_t warp_row,
-                           uint32_t first_key, float dropped, ScoreFragment<S>& fragment) {
+using KeepTile = KeepFragment<S::kKeyTiles>[S::kRowSets];
+
+/// Draws for the warp's rows and a tile of keys, where dropout acts on keys.
+template <typename S>
+SDPA_DEVICE void draw_tile(const ForwardCall& f, const ForwardBlock& k, uint32_t warp_row,
+                           uint32_t first_key, KeepTile<S>& keep) {
   SDPA_UNROLL
   for (int r = 0; r < S::kRowSets; ++r) {
-    drop(draw<S::kKeyTiles>(f, k, warp_row + 16 * r, first_key), dropped, fragment[r]);
+    keep[r].bits = 0;
+    if (f.call.drops(Placement::scores) || f.call.drops(Placement::weights)) {
+      keep[r] = draw<S::kKeyTiles>(f, k, warp_row + 16 * r, first_key);
+    }
   }
+}
+
+template <typename S>
+SDPA_DEVICE void drop_tile(const KeepTile<S>& keep, float dropped, ScoreFragment<S>& fragment) {
+  SDPA_UNROLL
+  for (int r = 0; r < S::kRowSets; ++r) drop(keep[r], dropped, fragment[r]);
 }
 
 /// One step of the online softmax: scores become exp(score - maximum), sums and maxima move on.
@@ -537,13 +550,13 @@ SDPA_DEVICE void accumulate(const ForwardCall& f, const ForwardBlock& k, uint32_
     float correction[S::kRowSets][2];
     WeightFragment<S> weights;
     if (has_rows) {
+      KeepTile<S> keep;  // drawn while few registers are in use
+      draw_tile<S>(f, k, warp_row, first, keep);
       multiply_queries<S>(f, k, warp_row, tiles.queries, tiles.keys, scores);
       apply_rules<S>(f, k, warp_row, first, scores);
-      if (call.drops(Placement::scores)) {
-        drop_tile<S>(f, k, warp_row, first, -SDPA_INFINITY, scores);
-      }
+      if (call.drops(Placement::scores)) drop_tile<S>(keep, -SDPA_INFINITY, scores);
       softmax_step<S>(state, scores, correction);
-      if (call.drops(Placement::weights)) drop_tile<S>(f, k, warp_row, first, 0.0f, scores);
+      if (call.drops(Placement::weights)) drop_tile<S>(keep, 0.0f, scores);
       SDPA_UNROLL
       for (int r = 0; r < S::kRowSets; ++r) {
         to_operand<S::kHalf>(scores[r], weights[r]);

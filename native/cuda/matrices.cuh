@@ -36,9 +36,9 @@ SDPA_DEVICE void write_tile(const ForwardCall& f, const ForwardBlock& k, uint32_
   multiply_queries<S>(f, k, warp_row, tiles.queries, tiles.keys, scores);
   apply_rules<S>(f, k, warp_row, first_key, scores);
   store_scores<S>(f, k, warp_row, first_key, scores, f.outputs.scores);
-  if (call.drops(Placement::scores)) {
-    drop_tile<S>(f, k, warp_row, first_key, -SDPA_INFINITY, scores);
-  }
+  KeepTile<S> keep;
+  draw_tile<S>(f, k, warp_row, first_key, keep);
+  if (call.drops(Placement::scores)) drop_tile<S>(keep, -SDPA_INFINITY, scores);
   float lse[2];
   SDPA_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -57,7 +57,7 @@ SDPA_DEVICE void write_tile(const ForwardCall& f, const ForwardBlock& k, uint32_
       SDPA_UNROLL
       for (int e = 0; e < 4; ++e) scores[0][j][e] *= call.dropout.keep_scale;
     }
-    drop_tile<S>(f, k, warp_row, first_key, 0.0f, scores);
+    drop_tile<S>(keep, 0.0f, scores);
   }
   store_scores<S>(f, k, warp_row, first_key, scores, f.outputs.dropped_weights);
 }

@@ -39,10 +39,10 @@ SDPA_OUTLINE uint32_t keep_byte(const Call& call, uint32_t b, uint32_t head, uin
   return bits & 0xff;
 }
 
-/// Decisions for a fragment of 16 rows and 8 * kTiles columns.
+/// Decisions for a fragment of 16 rows and 8 * kTiles columns: a thread's own, a bit each.
 template <int kTiles>
 struct KeepFragment {
-  uint32_t words[4];  // word c % 4, byte c / 4: row half and tile c, this thread's bits lowest
+  uint32_t bits;
 
   /// `head` and `query` are those of this thread's two rows, `first` the first column.
   SDPA_DEVICE static KeepFragment draw(const Call& call, uint32_t b, const uint32_t (&head)[2],
@@ -57,15 +57,17 @@ struct KeepFragment {
                        first + 8 * (c % kTiles))
              << (8 * i);
     }
-    KeepFragment keep;
+    KeepFragment keep{0};
     SDPA_UNROLL
-    for (uint32_t i = 0; i < 4; ++i) keep.words[i] = shuffle(own, lane / 4 * 4 + i) >> (2 * t);
+    for (uint32_t i = 0; i < 4; ++i) {
+      keep.bits |= (shuffle(own, lane / 4 * 4 + i) >> (2 * t) & 0x03030303) << (2 * i);
+    }
     return keep;
   }
 
   SDPA_DEVICE bool keeps(int tile, int element) const {
-    const int c = element / 2 * kTiles + tile;
-    return words[c % 4] >> (c / 4 * 8 + element % 2) & 1;
+    const int c = element / 2 * kTiles + tile;  // byte c / 4 of lane c % 4
+    return bits >> (c / 4 * 8 + c % 4 * 2 + element % 2) & 1;
   }
 };
 
@@ -73,7 +75,7 @@ struct KeepFragment {
 /// head, both counted from the first.
 template <int kTiles>
 struct KeepTransposed {
-  uint32_t words[2][2][2];  // [key half][element % 2][tile % 2], byte tile / 2
+  uint32_t bits;
 
   SDPA_DEVICE static KeepTransposed draw(const Call& call, uint32_t b, uint32_t head,
                                          uint32_t first_query, uint32_t first_key) {
@@ -89,17 +91,17 @@ struct KeepTransposed {
       own |= keep_byte(call, b, head, query < last ? query : last, first_key + 8 * (lane / 8 % 2))
              << (8 * i);
     }
-    KeepTransposed keep;
+    KeepTransposed keep{0};
     SDPA_UNROLL
-    for (uint32_t i = 0; i < 8; ++i) {
+    for (uint32_t i = 0; i < 8; ++i) {  // bit 0 tile % 2, bit 1 element % 2, bit 2 element / 2
       const uint32_t from = 2 * t + i / 2 % 2 + 8 * (i / 4) + 16 * (i % 2);
-      keep.words[i / 4][i / 2 % 2][i % 2] = shuffle(own, from) >> g;
+      keep.bits |= (shuffle(own, from) >> g & 0x01010101) << i;
     }
     return keep;
   }
 
   SDPA_DEVICE bool keeps(int tile, int element) const {
-    return words[element / 2][element % 2][tile % 2] >> (tile / 2 * 8) & 1;
+    return bits >> (tile / 2 * 8 + element / 2 * 4 + element % 2 * 2 + tile % 2) & 1;
   }
 };
 
