@@ -20,6 +20,9 @@ CudaPlugin& plugin() {
 /// The functions of the library at `path`, or null and the reason.
 const cuda::Plugin* load(const char* path, std::string& reason) {
 #if defined(__linux__)
+  // Before glibc 2.34 what the CUDA runtime wants of librt was there alone, and Node does not load
+  // it.
+  dlopen("librt.so.1", RTLD_LAZY | RTLD_GLOBAL);
   // Its code stays mapped: the CUDA runtime leaves threads and exit handlers behind.
   void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (!library) {

@@ -6,7 +6,7 @@
 
 #define SDPA_DEVICE __device__ __forceinline__
 // For what runs rarely or once: it must not weigh on the registers and the code of a hot loop.
-#define SDPA_OUTLINE __device__ __noinline__
+#define SDPA_OUTLINE static __device__ __noinline__
 #define SDPA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SDPA_PARAMETER __grid_constant__
 #define SDPA_UNROLL _Pragma("unroll")
