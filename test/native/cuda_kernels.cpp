@@ -141,7 +141,9 @@ void choose_dropout(Case& c, Random& r) {
 void choose_rules(Case& c, Random& r) {
   Problem& p = c.p;
   p.is_causal = r.one_in(2);
+  // Some diagonals along the edges of tiles, or one beside them.
   if (r.one_in(2)) p.causal_offset = int32_t(r.below(180)) - 40;
+  if (r.one_in(3)) p.causal_offset = 16 * int32_t(r.below(6)) + int32_t(r.below(4)) - 2;
   if (r.one_in(4)) {
     for (uint32_t b = 0; b < p.batch; ++b) {
       c.offsets.push_back(int32_t(r.below(p.key_length + p.query_length)) -
@@ -666,8 +668,8 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   Problem& p = c.p;
   p.batch = p.kv_heads = 1;
   p.query_heads = 2;
-  p.query_length = decode ? 3 : 70;
-  p.key_length = decode ? 600 : 90;
+  p.query_length = decode ? 3 : 40;
+  p.key_length = decode ? 600 : 70;
   p.head_dim = width;
   p.value_dim = std::min(width, 256u);
   p.type = p.key_type = type;
@@ -737,17 +739,14 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
 }
 
 void check_all_special() {
+  const double nan = std::nan("");
   for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
-    for (const Precision precision : {Precision::highest, Precision::medium}) {
-      for (const double poison : {std::nan(""), -kInfinity}) {
-        for (const uint32_t width : {24u, 128u, 160u}) {
-          check_special(type, precision, width, poison, false);
-        }
-        check_special(type, precision, 24, poison, true);
-      }
-      check_special(type, precision, 300, kInfinity, false);
-    }
+    check_special(type, Precision::highest, 24, nan, true);
+    check_special(type, Precision::highest, 128, -kInfinity, false);
+    check_special(type, Precision::medium, 24, nan, false);
   }
+  check_special(Type::float32, Precision::highest, 300, kInfinity, false);
+  check_special(Type::bfloat16, Precision::highest, 160, nan, false);
 }
 
 void check_case(uint64_t seed) {

@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -71,6 +72,9 @@ class Fiber {
       bottom_ = static_cast<char*>(memory);
       owned_ = true;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(bottom_, size_);  // frames that were left, not returned from
+#endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(bottom_ + size_);
     *--top = nullptr;                              // where a return would go

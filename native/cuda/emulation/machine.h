@@ -51,7 +51,7 @@ void wait_copies(unsigned groups_left);
 
 /// What the environment's SDPA_CUDA_FAULT plants, to prove that tests can fail: `fragment` (a
 /// matrix product that takes two registers for each other), `shuffle` (one lane gets another's
-/// value), `exponential` (a relative error of 2^-18), `copy` (asynchronous copies are not waited
+/// value), `exponential` (a relative error of 2^-15), `copy` (asynchronous copies are not waited
 /// for), `barrier` (blocks do not meet).
 enum class Fault { none, fragment, shuffle, exponential, copy, barrier };
 Fault planted();

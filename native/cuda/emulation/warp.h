@@ -120,7 +120,7 @@ inline float shuffle_xor(float x, uint32_t mask) {
 
 inline float exp2_fast(float x) {
   float y = std::exp2(x);
-  if (emulation::planted() == emulation::Fault::exponential) y *= 1 + 0x1p-18f;
+  if (emulation::planted() == emulation::Fault::exponential) y *= 1 + 0x1p-15f;
   return y < 0x1p-126f ? 0.0f : y;
 }
 
