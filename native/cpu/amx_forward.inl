@@ -281,14 +281,24 @@ struct PackWork final : ParallelWork {
 
 // -------------------------------------------------------------------------------- query blocks
 
+/// After so many tiles their sums are added to those of the tiles before: short sums of short sums
+/// are rounded less than one long sum.
+constexpr size_t kFoldTiles = 16;
+
+/// Whether there are tiles enough for that.
+inline bool folds(const Problem& p) { return p.key_length > kFoldTiles * kKeyBlock; }
+
 /// What a block of queries has summed so far.
 struct RunningRows {
   float* minus_max;  // [kQueryBlock], in units of log2(e)
   float* sums;       // [kQueryBlock]
-  float* context;    // [contexts][whole value_dim][kQueryBlock]
+  float* context;    // [contexts][whole value_dim][kQueryBlock], of the latest tiles; behind it,
+                     // where there are folds, as much again for the tiles before
 
+  /// Of the context, for either part.
+  static size_t rows(const Problem& p, uint32_t contexts) { return contexts * whole(p.value_dim); }
   static size_t floats(const Problem& p, uint32_t contexts) {
-    return (2 + contexts * whole(p.value_dim)) * kQueryBlock;
+    return (2 + (folds(p) ? 2 : 1) * rows(p, contexts)) * kQueryBlock;
   }
   explicit RunningRows(float* data)
       : minus_max(data), sums(data + kQueryBlock), context(data + 2 * kQueryBlock) {}
@@ -399,7 +409,9 @@ struct AmxForwardWork final : ParallelWork {
         contexts(results.contexts(call)) {}
   /// Rows of context that belong to a maximum.
   size_t context_rows() const {
-    return contexts == 1 ? call.problem.value_dim : contexts * whole(call.problem.value_dim);
+    const Problem& p = call.problem;
+    if (contexts == 1 && !folds(p)) return p.value_dim;
+    return (folds(p) ? 2 : 1) * RunningRows::rows(p, contexts);
   }
   void work(TaskCursor& cursor) override;
   void run(TaskCursor& cursor, AmxBuffers& buffers) const;
@@ -499,12 +511,27 @@ inline KeyRange seen_by_all(const QueryBlock& q) {
   return all;
 }
 
+/// Before a tile is added: ends the short sums of the tiles before, where it is time to.
+template <int Terms>
+inline void fold_context(const AmxForwardWork<Terms>& w, TileSums& sums, const BlockTile& t) {
+  if (t.number() == 0 || t.number() % kFoldTiles != 0) return;
+  sums.store();
+  const size_t size = RunningRows::rows(w.call.problem, w.contexts) * kQueryBlock;
+  float* const latest = t.block->sum.context;
+  for (size_t i = 0; i < size; i += kLanes) {
+    float* const before = latest + size + i;
+    store(before, add(load(before), load(latest + i)));
+    store(latest + i, broadcast(0.0f));
+  }
+}
+
 /// Adds the values of the tile whose weights are waiting.
 template <int Terms>
 inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
                          BlockTile& waiting) {
   NoWork none;
   if (waiting.block) {
+    fold_context(w, sums, waiting);
     multiply_values<0>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context, none);
   }
   waiting.block = nullptr;
@@ -634,12 +661,20 @@ inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* c
   }
 }
 
-/// Takes over one of the contexts of a block that has seen all its keys, and normalises it. True if
-/// a NaN came out.
-inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, ForwardBuffers& v) {
+/// Takes over one of the `contexts` of a block that has seen all its keys, and normalises it. True
+/// if a NaN came out.
+inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, uint32_t contexts,
+                         ForwardBuffers& v) {
   std::memcpy(v.row_sum, k.sum.sums, kQueryBlock * sizeof(float));
   for (int i = 0; i < kQueryBlock; ++i) v.row_max[i] = -k.sum.minus_max[i] * kLn2;
-  v.context = k.sum.context + number * whole(call.problem.value_dim) * kQueryBlock;
+  const size_t size = whole(call.problem.value_dim) * kQueryBlock;
+  v.context = k.sum.context + number * size;
+  if (folds(call.problem)) {
+    const float* const before = v.context + contexts * size;
+    for (size_t i = 0; i < size; i += kLanes) {
+      store(v.context + i, add(load(before + i), load(v.context + i)));
+    }
+  }
   return normalise_context(call, k.q, v);
 }
 
@@ -649,12 +684,12 @@ inline void finish_samples(const Call& call, const AmxBlock& k, const AmxResults
   ForwardBuffers& v = f.vector;
   const SampleGroup group = results.group;
   if (call.dropout.placement == Placement::context) {
-    if (take_context(call, k, 0, v)) compute_context(call, k.q, v);
+    if (take_context(call, k, 0, 1, v)) compute_context(call, k.q, v);
     return store_context_samples(call, k.q, group, *results.samples, v, f.samples.dropped);
   }
   for (uint32_t s = 0; s < group.count; ++s) {
     const Call sample = call_of_sample(call, group.first + s);
-    if (take_context(sample, k, s, v)) compute_context(sample, k.q, v);
+    if (take_context(sample, k, s, group.count, v)) compute_context(sample, k.q, v);
     store_sample(sample, k.q, *results.samples, group.first + s, v);
   }
 }
@@ -665,7 +700,7 @@ inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, AmxB
   if (w.results.samples) return finish_samples(w.call, k, w.results, f);
   ForwardBuffers& v = f.vector;
   const ForwardOutputs& outputs = w.results.outputs;
-  if (take_context(w.call, k, 0, v)) return forward_block(w.call, k.q, outputs, v);
+  if (take_context(w.call, k, 0, 1, v)) return forward_block(w.call, k.q, outputs, v);
   drop_context(w.call, k.q, v);
   store_context(w.call, k.q, outputs, v);
   if (!wants_matrices(outputs)) return;
@@ -789,6 +824,7 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
     if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
     if (waiting.block) {
+      fold_context(w, sums, waiting);
       multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context,
                              softmax);
     } else {
@@ -881,6 +917,7 @@ inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, Am
       }
       drawn = now.block;
     }
+    fold_context(w, sums, now);
     add_samples(w, sums, now, f);
     sums.store();
     if (next.block != now.block) blocks.leave(*now.block);
@@ -1119,7 +1156,7 @@ inline Status amx_samples(const Call& call, const SampleResults& results,
   const uint32_t size = !drops_weights
                             ? samples
                             : std::min(group_size(samples, bytes, kGroupBytes),
-                                       group_size(samples, bytes * blocks, kWaitingBytes));
+                                       group_size(samples, 2 * bytes * blocks, kWaitingBytes));
   for (uint32_t first = 0; first < samples; first += size) {
     const AmxResults group{{}, &results, {first, std::min(size, samples - first)}};
     const Status status = amx_forward_call(call, group, cancel);
