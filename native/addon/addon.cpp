@@ -105,7 +105,7 @@ bool is_sound(const Problem& p) {
   const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
                      p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
                      p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
-                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim &&
+                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim && p.samples <= most &&
                      p.query_heads % p.kv_heads == 0;
   const bool mask =
       p.mask_type == MaskType::none ||
@@ -229,11 +229,14 @@ struct CallArguments {
     }
     ArrayReader reader(env, values + 2);
     read_sequences(env, reader);
+    if (problem.samples > 0 && (is_backward || sequences.any())) {
+      fail(env, "header: samples are of an ordinary forward call");
+    }
     read_inputs(env, reader);
     if (is_backward) {
       read_backward(reader);
     } else {
-      read_forward(reader);
+      read_forward(env, reader);
     }
   }
 
@@ -340,22 +343,32 @@ struct CallArguments {
     return to.data();
   }
 
-  void read_forward(ArrayReader& reader) {
+  void read_forward(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
-    const auto matrix = [&] {
-      return static_cast<float*>(reader.tensor(napi_float32_array, true, p.batch, p.query_heads,
-                                               p.query_length, p.key_length));
+    const bool has_samples = p.samples > 0;
+    const bool shares_lse = p.dropout_placement != Placement::scores;
+    const auto floats = [&](uint32_t width) {
+      return static_cast<float*>(
+          reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length, width));
     };
     const Extent q = queries();
     outputs.output =
-        reader.tensor(array_type(p.type), false, q.batch, p.query_heads, q.length, p.value_dim);
-    outputs.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, true, q.batch, p.query_heads, q.length));
-    outputs.scores = matrix();
-    outputs.weights = matrix();
-    outputs.dropped_weights = matrix();
-    if (sequences.any() && (outputs.scores || outputs.weights || outputs.dropped_weights)) {
-      fail(reader.env(), "sequences have no [query_length, key_length] outputs");
+        reader.tensor(array_type(p.type), has_samples, q.batch * (has_samples ? p.samples : 1),
+                      p.query_heads, q.length, p.value_dim);
+    outputs.lse = static_cast<float*>(reader.tensor(
+        napi_float32_array, true, q.batch * (has_samples && !shares_lse ? p.samples : 1),
+        p.query_heads, q.length));
+    outputs.scores = floats(p.key_length);
+    outputs.weights = floats(p.key_length);
+    outputs.dropped_weights = floats(p.key_length);
+    outputs.mean = floats(p.value_dim);
+    outputs.variance = floats(p.value_dim);
+    const bool has_matrix = outputs.scores || outputs.weights || outputs.dropped_weights;
+    const bool has_moments = outputs.mean && outputs.variance;
+    if ((outputs.mean || outputs.variance) != has_moments ||
+        (outputs.output != nullptr) == has_moments || (has_moments && !has_samples) ||
+        (has_matrix && (has_samples || sequences.any()))) {
+      fail(env, "outputs that do not go together");
     }
   }
 
@@ -380,7 +393,7 @@ struct CallArguments {
   }
 };
 
-constexpr size_t kForwardArguments = 17, kBackwardArguments = 19;
+constexpr size_t kForwardArguments = 19, kBackwardArguments = 19;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 
