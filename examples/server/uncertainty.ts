@@ -19,6 +19,7 @@ import {
 import type { AttentionRequest } from '../gpt/attention';
 import type { Gpt, ModelSizes } from '../gpt/model';
 import { invalidField } from './errors';
+import { decodeFloats, encodeFloats } from './floats';
 
 /** What is asked, as JSON: the same job gives the same bits on every machine with one backend. */
 export interface UncertaintyJob {
@@ -126,7 +127,7 @@ export async function computeSamples(
     const group = Math.min(GROUP, count - done);
     logits.set(await forwardSamples(model, job, first + done, group, signal), done * size);
   }
-  return { first, count, logits: encode(logits), backend: `${backendInfo().selected}` };
+  return { first, count, logits: encodeFloats(logits), backend: `${backendInfo().selected}` };
 }
 
 /** One pass: the text as often as there are samples, each with dropout of its own. */
@@ -149,19 +150,21 @@ async function forwardSamples(
     seed: BigInt(seed),
     signal,
   } as const;
-  const attend = (request: AttentionRequest, i: number): Promise<Tensor> => {
+  const attend = (request: AttentionRequest, i: number, samples?: number): Promise<Tensor> => {
     const [query, key, value] = [request.query, request.key, request.value].map((rows) => ({
       data: rows.subarray(i * length * width, (i + 1) * length * width) as Float32Array,
       dims,
     }));
     const offset = offsetOf(request.layer, first + i);
-    return scaledDotProductAttention(query, key, value, { ...options, offset });
+    return scaledDotProductAttention(query, key, value, { ...options, offset, samples });
   };
   const rows = Array.from({ length: count * length }, (_, row) => row % length);
   return model.forwardRows(
     Int32Array.from(rows, (position) => tokens[position]),
     Int32Array.from(rows),
     async (request) => {
+      // Before the first dropout all samples ask the same: scores and softmax are computed once.
+      if (request.layer === 0) return (await attend(request, 0, count)).data as Float32Array;
       const all = await Promise.all(Array.from({ length: count }, (_, i) => attend(request, i)));
       const output = new Float32Array(request.query.length);
       all.forEach(({ data }, i) => {
@@ -190,7 +193,7 @@ export function joinShards(
     if (shard.first !== logits.length) {
       throw new RangeError(`expected a shard from sample ${logits.length} on, got ${shard.first}`);
     }
-    const all = decode(shard.logits);
+    const all = decodeFloats(shard.logits);
     if (all.length !== shard.count * size) {
       throw new RangeError(`shard ${shard.first}: ${all.length} logits, not ${shard.count * size}`);
     }
@@ -242,15 +245,4 @@ export function softmax(logits: Float32Array): Float64Array {
 /** Of a distribution, in nats. */
 export function entropyOf(p: Float64Array): number {
   return p.reduce((sum, x) => (x > 0 ? sum - x * Math.log(x) : sum), 0);
-}
-
-function encode(numbers: Float32Array): string {
-  return Buffer.from(numbers.buffer, numbers.byteOffset, numbers.byteLength).toString('base64');
-}
-
-function decode(text: string): Float32Array {
-  const bytes = Buffer.from(text, 'base64');
-  const numbers = new Float32Array(Math.floor(bytes.length / 4));
-  Buffer.from(numbers.buffer).set(bytes.subarray(0, numbers.byteLength));
-  return numbers;
 }
