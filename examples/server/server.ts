@@ -224,6 +224,7 @@ function createApp(limits: Limits, level: string): FastifyInstance {
     },
   });
   app.server.maxConnections = limits.connections;
+  app.removeContentTypeParser('text/plain'); // bodies are JSON
   app.decorateRequest('answering');
   app.addHook('onSend', async (_request, reply) => {
     reply.header('x-content-type-options', 'nosniff');

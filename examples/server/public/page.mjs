@@ -41,7 +41,6 @@ const find = (id) => /** @type {T} */ (document.getElementById(id));
 /** @type {HTMLSelectElement} */ const head = find('head');
 /** @type {HTMLCanvasElement} */ const canvas = find('weights');
 const text = find('text');
-const statusLine = find('status');
 const details = find('details');
 
 /** @type {Character[]} */ let characters = [];
@@ -51,10 +50,12 @@ let longest = 1;
 let vocabulary = 2;
 /** @type {AbortController | null} */ let writing = null;
 
-/** @param {string} message @param {boolean} [isError] */
-function say(message, isError = false) {
-  statusLine.textContent = message;
-  statusLine.classList.toggle('error', isError);
+/** Beside a form's buttons. @param {HTMLFormElement} form @param {string | Error} message */
+function say(form, message) {
+  const line = /** @type {HTMLElement} */ (form.querySelector('.status'));
+  const isError = message instanceof Error;
+  line.textContent = isError ? message.message : message;
+  line.classList.toggle('error', isError);
 }
 
 /** @param {string} url @param {object} body @param {AbortSignal} [signal] */
@@ -184,7 +185,7 @@ write.addEventListener('submit', async (event) => {
   const prompt = /** @type {HTMLTextAreaElement} */ (find('prompt')).value;
   for (const character of prompt) append(character, {});
   [start.disabled, stop.disabled] = [true, false];
-  say('Writing …');
+  say(write, 'Writing …');
   let seed = '';
   let written = 0;
   let ending = '';
@@ -200,10 +201,10 @@ write.addEventListener('submit', async (event) => {
       text.scrollTop = text.scrollHeight;
     }
     if (ending === '') throw new Error('the connection was lost');
-    say(`${written} characters written, seed ${seed}.`);
+    say(write, `${written} characters written, seed ${seed}.`);
   } catch (error) {
-    if (own.signal.aborted) say(`Stopped after ${written} characters.`);
-    else say(/** @type {Error} */ (error).message, true);
+    const isOver = own.signal.aborted;
+    say(write, isOver ? `Stopped after ${written} characters.` : /** @type {Error} */ (error));
   }
   [start.disabled, stop.disabled] = [false, true];
 });
@@ -221,47 +222,43 @@ function lastPart() {
   return { first, part: part.join('') };
 }
 
-/** Runs what a form asks for, and tells how it went. @param {() => Promise<string>} work */
-async function answer(work) {
-  say('Asking …');
-  try {
-    say(await work());
-  } catch (error) {
-    say(/** @type {Error} */ (error).message, true);
-  }
+/**
+ * Lets a form do what it is for, and tells how it went.
+ * @param {HTMLFormElement} form @param {() => Promise<string>} work
+ */
+function onSubmit(form, work) {
+  form.addEventListener('submit', async (event) => {
+    event.preventDefault();
+    say(form, 'Asking …');
+    say(form, await work().catch((error) => error));
+  });
 }
 
-ask.addEventListener('submit', (event) => {
-  event.preventDefault();
-  answer(async () => {
-    const { first, part } = lastPart();
-    const shown = characters;
-    const response = await post('/uncertainty', { text: part, ...valuesOf(ask) });
-    const { predictions, samples, backends } = await response.json();
-    predictions.forEach((/** @type {Prediction} */ prediction, /** @type {number} */ i) => {
-      const character = shown[first + i + 1];
-      if (character !== undefined) character.asked = prediction;
-    });
-    paintAll();
-    if (chosen >= 0) choose(chosen);
-    return `Asked ${samples} times, computed by ${backends.join(' and ')}.`;
+onSubmit(ask, async () => {
+  const { first, part } = lastPart();
+  const shown = characters;
+  const response = await post('/uncertainty', { text: part, ...valuesOf(ask) });
+  const { predictions, samples, backends } = await response.json();
+  predictions.forEach((/** @type {Prediction} */ prediction, /** @type {number} */ i) => {
+    const character = shown[first + i + 1];
+    if (character !== undefined) character.asked = prediction;
   });
+  paintAll();
+  if (chosen >= 0) choose(chosen);
+  return `Asked ${samples} times, computed by ${backends.join(' and ')}.`;
 });
 
 measure.addEventListener('change', paintAll);
 
-look.addEventListener('submit', (event) => {
-  event.preventDefault();
-  answer(async () => {
-    const { first, part } = lastPart();
-    const response = await post('/attention', { text: part });
-    const { weights, ...sizes } = await response.json();
-    const bytes = Uint8Array.from(atob(weights), (byte) => byte.charCodeAt(0));
-    maps = { ...sizes, weights: new Float32Array(bytes.buffer), first };
-    find('map').hidden = false;
-    choose(chosen < first ? characters.length - 1 : chosen);
-    return `The weights of ${sizes.layers} layers with ${sizes.heads} heads each.`;
-  });
+onSubmit(look, async () => {
+  const { first, part } = lastPart();
+  const response = await post('/attention', { text: part });
+  const { weights, ...sizes } = await response.json();
+  const bytes = Uint8Array.from(atob(weights), (byte) => byte.charCodeAt(0));
+  maps = { ...sizes, weights: new Float32Array(bytes.buffer), first };
+  find('map').hidden = false;
+  choose(chosen < first ? characters.length - 1 : chosen);
+  return `The weights of ${sizes.layers} layers with ${sizes.heads} heads each.`;
 });
 
 for (const select of [layer, head]) select.addEventListener('change', showWeights);
@@ -282,7 +279,7 @@ function showWeights() {
   const most = row.reduce((a, b) => Math.max(a, b), 0);
   row.forEach((weight, i) => {
     const { span } = characters[first + i];
-    span.classList.toggle('seen', weight > 0.02);
+    span.classList.toggle('seen', weight > most / 4);
     span.style.setProperty('--weight', (weight / most).toFixed(3));
   });
   const ranked = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 3);
@@ -294,19 +291,21 @@ function showWeights() {
     `sees. ${named(characters[chosen].text)} at ${chosen + 1} looks at ${places.join(', ')}.`;
 }
 
-/** @param {Float32Array} weights [length, length] @param {number} length @param {number} row */
+/** Each row against its largest weight. @param {Float32Array} weights [length, length] @param {number} length @param {number} row */
 function drawMap(weights, length, row) {
   canvas.width = length;
   canvas.height = length;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext('2d'));
   const heat = getComputedStyle(document.documentElement).getPropertyValue('--heat').split(' ');
   const image = context.createImageData(length, length);
-  weights.forEach((weight, i) => {
-    // A square root, so that small weights can be told from none.
-    const isRow = Math.floor(i / length) === row;
-    image.data.set([...heat.map(Number), 255 * Math.min(1, Math.sqrt(weight))], 4 * i);
-    if (isRow) image.data[4 * i + 3] = Math.max(image.data[4 * i + 3], 40);
-  });
+  for (let y = 0; y < length; y++) {
+    const own = weights.subarray(y * length, (y + 1) * length);
+    const most = own.reduce((a, b) => Math.max(a, b), 0);
+    own.forEach((weight, x) => {
+      const shade = Math.max(weight / most, y === row ? 0.15 : 0);
+      image.data.set([...heat.map(Number), 255 * shade], 4 * (y * length + x));
+    });
+  }
   context.putImageData(image, 0, 0);
 }
 
