@@ -261,7 +261,10 @@ export class Engine {
       i += group.length;
       row += group.length * length;
     }
-    await Promise.all(calls);
+    // All of them: a call that still ran would hold its blocks.
+    for (const result of await Promise.allSettled(calls)) {
+      if (result.status === 'rejected') throw result.reason;
+    }
     return output;
   }
 

@@ -44,6 +44,7 @@ runCommand(async () => {
   const seconds = readCount('seconds', given.seconds, 1, 600);
   const requests = readCount('requests', given.requests, 20, 1e6);
   const rounds = readCount('rounds', given.rounds, 1, 20);
+  for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(130));
   const folder = mkdtempSync(path.join(tmpdir(), 'node-sdpa-load-'));
   try {
     const checkpoint = createCheckpoint(path.join(folder, 'model.safetensors'));
@@ -104,6 +105,7 @@ class Served {
       ['--import', 'tsx', program, ...options, '--waiting', `${WAITING}`],
       { stdio: ['ignore', 'pipe', 'inherit'] },
     );
+    process.once('exit', () => child.kill('SIGKILL')); // where this program ends before its time
     const [line] = await once(child.stdout.setEncoding('utf8'), 'data');
     return new Served(`${line}`.match(/http:\S+/)![0], child);
   }

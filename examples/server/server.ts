@@ -94,6 +94,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     if (failure !== undefined) throw new RequestError(503, 'FAILED', 'the server needs a restart');
     if (engine.size >= batch + limits.waiting) throw busy(reply, backlog.seconds);
 
+    request.answering.signal.throwIfAborted(); // or its end would never be seen
     const lines = new Readable({ read() {} });
     const send = (line: object) => lines.push(`${JSON.stringify(line)}\n`);
     send({ type: 'start', seed });
@@ -134,6 +135,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   ): Promise<T> {
     if (failure !== undefined) throw new RequestError(503, 'FAILED', 'the server needs a restart');
     if (questions >= limits.questions) throw busy(reply, 1);
+    answering.signal.throwIfAborted();
     questions++;
     try {
       return await question(answering.signal, () => answering.begin());
