@@ -387,6 +387,8 @@ describe('load', () => {
     expect(after - tokens).toBeLessThan(5000);
     await sleep(50);
     expect(await metric('tokens_total')).toBe(after);
+    await generate({ prompt: 'a', characters: 1 }); // a step, after which all blocks are free
+    expect(await metric('free_blocks')).toBe(16 * 2 * 2);
   });
 
   test('when the queue is full the rest is told when to come again, and nobody is lost', async () => {
