@@ -1,6 +1,5 @@
 // The server: routes, and what holds its load: a bounded queue, limits, deadlines, a clean end.
 import path from 'node:path';
-import { Readable } from 'node:stream';
 import fastifyStatic from '@fastify/static';
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import { backendInfo } from 'node-sdpa';
@@ -9,6 +8,7 @@ import { UsageError } from '../gpt/text';
 import { Answering } from './answering';
 import { blocksOf, type Step } from './engine';
 import { RequestError } from './errors';
+import { Lines } from './lines';
 import { createMetrics, steps } from './metrics';
 import {
   type AttentionBody,
@@ -95,9 +95,8 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     if (engine.size >= batch + limits.waiting) throw busy(reply, backlog.seconds);
 
     request.answering.signal.throwIfAborted(); // or its end would never be seen
-    const lines = new Readable({ read() {} });
-    const send = (line: object) => lines.push(`${JSON.stringify(line)}\n`);
-    send({ type: 'start', seed });
+    const lines = new Lines();
+    lines.send({ type: 'start', seed });
     let left = characters;
     backlog.add(left);
     const cancel = engine.write(
@@ -107,16 +106,16 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
         written({ token, probability, entropy }) {
           left--;
           backlog.add(-1);
-          send({ type: 'token', text: vocabulary.decode([token]), probability, entropy });
+          lines.send({ type: 'token', text: vocabulary.decode([token]), probability, entropy });
         },
         ended(error) {
-          if (error === undefined) send({ type: 'end', characters });
+          if (error === undefined) lines.send({ type: 'end', characters });
           else {
             request.log.error(error);
             const { code, message } = toRequestError(error);
-            send({ type: 'error', code, message });
+            lines.send({ type: 'error', code, message });
           }
-          lines.push(null);
+          lines.end();
         },
       },
     );
@@ -124,7 +123,10 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
       cancel();
       backlog.add(-left);
     });
-    return reply.type('application/x-ndjson').header('cache-control', 'no-store').send(lines);
+    return reply
+      .type('application/x-ndjson')
+      .header('cache-control', 'no-store')
+      .send(lines.stream);
   });
 
   /** Asks about a text, if not too many do. */
