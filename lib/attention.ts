@@ -2,6 +2,7 @@
 // as a promise.
 
 import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
+import { reported, reportedAsync } from './diagnostics';
 import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
 import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
 import {
@@ -478,7 +479,9 @@ async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
   const isAside = outData !== null && signal !== undefined;
   const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
   const inputs = inputsOf(call);
-  await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
+  await reportedAsync('forward', call, () =>
+    stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel)),
+  );
   if (!isAside) return outputs;
   outData.set(outputs.output as FloatArray);
   return { ...outputs, output: outData };
@@ -486,7 +489,7 @@ async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
 
 function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
   const outputs = allocateOutputs(call, call.outData, withLse);
-  call.backend.forwardSync(call.problem, inputsOf(call), outputs);
+  reported('forward', call, () => call.backend.forwardSync(call.problem, inputsOf(call), outputs));
   return outputs;
 }
 
@@ -595,7 +598,9 @@ async function backward(
   const tensors = allocateGradients(saved, gradOutput);
   const { problem, backend } = call;
   const inputs = inputsOf(call);
-  await stoppable(signal, (cancel) => backend.backward(problem, inputs, tensors, cancel));
+  await reportedAsync('backward', call, () =>
+    stoppable(signal, (cancel) => backend.backward(problem, inputs, tensors, cancel)),
+  );
   return toGradients(call, tensors);
 }
 
@@ -603,7 +608,9 @@ function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): 
   const { call } = saved;
   throwIfAborted(readBackwardSignal(options));
   const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
-  call.backend.backwardSync(call.problem, inputsOf(call), tensors);
+  reported('backward', call, () =>
+    call.backend.backwardSync(call.problem, inputsOf(call), tensors),
+  );
   return toGradients(call, tensors);
 }
 

@@ -15,6 +15,7 @@ export {
 } from './attention';
 export type { BackendInfo, TriedBackend } from './backend-info';
 export { backendInfo, setNumThreads } from './backend-info';
+export type { CallMessage } from './diagnostics';
 export type { DropoutMaskOptions } from './dropout-mask';
 export { dropoutMask } from './dropout-mask';
 export type { SdpaError, SdpaErrorCode } from './errors';
