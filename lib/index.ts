@@ -24,6 +24,7 @@ export { Generator, manualSeed } from './generator';
 export type {
   AppendOptions,
   AttendOptions,
+  CacheType,
   KVCacheOptions,
   KVCachePoolOptions,
   TruncateOptions,

@@ -44,7 +44,8 @@ import {
 } from './tensor';
 
 /** The types that keys and values may be stored in. */
-type CacheType = 'float32' | 'float16' | 'bfloat16';
+/** What keys and values are stored as. */
+export type CacheType = 'float32' | 'float16' | 'bfloat16';
 
 const CACHE_TYPES: readonly CacheType[] = ['float32', 'float16', 'bfloat16'];
 const LARGEST_INT32 = 2 ** 31 - 1;
@@ -67,6 +68,7 @@ export interface KVCachePoolOptions {
   readonly blocks: number;
   /** Positions in a block, a multiple of 64. Default: 64 */
   readonly blockLength?: number;
+  /** Hkv, heads of keys and values */
   readonly kvHeads: number;
   /** D, 1 to 512 */
   readonly headDim: number;

@@ -345,6 +345,7 @@ export interface AttentionOptions {
 export interface MomentsOptions extends Omit<AttentionOptions, 'moments' | 'out'> {
   /** At least 2: one sample has no variance */
   readonly samples: number;
+  /** Returns mean and variance in place of the samples' outputs */
   readonly moments: true;
 }
 
