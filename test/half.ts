@@ -26,6 +26,15 @@ export function decodeHalf(type: HalfType, pattern: number): number {
   return sign * (1 + mantissa / 2 ** mantissaBits) * 2 ** (exponent - bias);
 }
 
+const decoded: Partial<Record<HalfType, Float64Array>> = {};
+
+/** The numbers of many patterns: each of the 65536 is decoded once. */
+export function decodeHalves(type: HalfType, patterns: ArrayLike<number>): Float64Array {
+  decoded[type] ??= Float64Array.from({ length: 65536 }, (_, pattern) => decodeHalf(type, pattern));
+  const table = decoded[type];
+  return Float64Array.from(patterns, (pattern) => table[pattern]);
+}
+
 /** The pattern nearest to `x`, ties to even; any NaN gives one quiet NaN. */
 export function encodeHalf(type: HalfType, x: number): number {
   const { exponentBits, mantissaBits } = FORMATS[type];
