@@ -3,6 +3,7 @@
 
 import type { TaskList } from './js-backend';
 import {
+  atMostZero,
   exponential,
   type Matrix,
   multiplyAdd,
@@ -223,7 +224,7 @@ class ForwardPass {
       const to = this.matrixStart(row) + tile.keyStart;
       for (let j = 0; j < tile.keys; j++) {
         const score = source[from + j];
-        const weight = score === -Infinity ? 0 : exponential(score - rowLse[row]);
+        const weight = score === -Infinity ? 0 : exponential(atMostZero(score - rowLse[row]));
         const scale = isWeights ? tile.keep[from + j] * tile.keepScale : 1;
         if (weights) weights[to + j] = weight;
         if (droppedWeights) droppedWeights[to + j] = scale === 0 ? 0 : weight * scale;
