@@ -2,7 +2,7 @@
 // as a promise.
 
 import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
-import { abortedError, disposedError, invalidType, shapeMismatch } from './errors';
+import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
 import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
 import {
   type AttentionOptions,
@@ -11,10 +11,12 @@ import {
   type FloatArray,
   type ForwardOutputs,
   type Inputs,
+  type MomentsOptions,
   resolveCall,
   sameShape,
   scoresShape,
   WANTS_DROPPED_WEIGHTS,
+  WANTS_MOMENTS,
   WANTS_SCORES,
   WANTS_WEIGHTS,
 } from './problem';
@@ -31,7 +33,8 @@ import {
 } from './tensor';
 
 /**
- * The seed and offset that decided what was dropped.
+ * The seed and offset that decided what was dropped; with `samples: N`, the offset of the first of
+ * them: sample s has `offset + s`.
  *
  * @example
  * ```js
@@ -115,9 +118,16 @@ export interface BackwardOptions {
  * ```
  */
 export interface AttentionResult {
-  /** [B, Hq, Lq, Dv], or [B, Lq, Hq, Dv] in layout `'bshd'`; the query's type */
+  /**
+   * [B, Hq, Lq, Dv], in layout `'bshd'` [B, Lq, Hq, Dv], of a packed batch [totalQ, Hq, Dv]; the
+   * query's type. With `samples: N` there is an axis of N before these
+   */
   readonly output: Tensor;
-  /** [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys */
+  /**
+   * [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys. Of a packed
+   * batch [Hq, totalQ], as flash-attention has it. Samples share it, except under `'scores'` dropout:
+   * [N, B, Hq, Lq] then
+   */
   readonly lse: Tensor;
   /** What decided on dropout; null where no random number was drawn */
   readonly rngState: RngState | null;
@@ -132,7 +142,8 @@ export interface AttentionResult {
   /**
    * The gradients for a gradient of the output, which has the output's shape and type. Drops
    * what the forward call dropped. Rejects with `ERR_SDPA_SHAPE_MISMATCH` or
-   * `ERR_SDPA_INVALID_ARG_TYPE` for another gradOutput, `ERR_SDPA_DISPOSED` after `dispose()`.
+   * `ERR_SDPA_INVALID_ARG_TYPE` for another gradOutput, `ERR_SDPA_DISPOSED` after `dispose()`,
+   * `ERR_SDPA_UNSUPPORTED` where the forward call had samples.
    */
   backward(gradOutput: TensorLike, options?: BackwardOptions): Promise<Gradients>;
   /** As `backward`, on the calling thread; throws where that rejects */
@@ -141,6 +152,38 @@ export interface AttentionResult {
   dispose(): void;
   /** Calls `dispose()` at the end of a `using` block */
   [Symbol.dispose](): void;
+}
+
+/**
+ * What {@link attentionForward} returns for {@link MomentsOptions}: the first two moments of N
+ * dropout samples, each the output of a call, in place of these outputs.
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = await attentionForward(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, dropoutPlacement: 'context', training: true, samples: 64, moments: true,
+ * });
+ * assert.deepStrictEqual(mean.dims, [1, 1, 2, 2]);
+ * assert.ok(variance.data.every((x) => x > 0));
+ * ```
+ */
+export interface AttentionMoments {
+  /** As one output, float32 whatever the query's type */
+  readonly mean: Tensor;
+  /**
+   * As one output, float32: unbiased (divided by N - 1, `torch.var`'s default). NaN where a sample
+   * is not finite
+   */
+  readonly variance: Tensor;
+  /** As in {@link AttentionResult} */
+  readonly lse: Tensor;
+  /** As in {@link AttentionResult} */
+  readonly rngState: RngState | null;
+  /** Name of the backend that computed, such as `'cpu:avx2'` */
+  readonly backend: string;
 }
 
 /**
@@ -155,7 +198,8 @@ export interface AttentionResult {
  * PyTorch's `scaled_dot_product_attention`, by the blocked online softmax of FlashAttention-2
  * (arXiv 2307.08691).
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -191,12 +235,30 @@ export async function scaledDotProductAttention(
   return outputTensor(call, await forward(withStableInputs(call), false));
 }
 
+/** Output and lse of a resolved call, beside the event loop. */
+export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, await forward(withStableInputs(call), true));
+}
+
+/** As {@link runForward}, on the calling thread. */
+export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, forwardSync(call, true));
+}
+
+function outputAndLse(call: Call, outputs: ForwardOutputs) {
+  const lse = adoptTensor(FLOAT32, outputs.lse as Float32Array, [...call.lseDims]);
+  return { output: outputTensor(call, outputs), lse };
+}
+
 /**
  * As {@link scaledDotProductAttention}, on the calling thread (and helpers where that pays): the
  * event loop waits. For small problems, scripts and workers. `signal` is looked at only at the
  * start.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -228,13 +290,35 @@ export function scaledDotProductAttentionSync(
 }
 
 /**
+ * As below, with the moments of dropout samples in place of their outputs: see
+ * {@link MomentsOptions}.
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = await attentionForward(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, training: true, seed: 1, samples: 50, moments: true,
+ * });
+ * assert.deepStrictEqual([mean.dims, variance.dims], [tensor.dims, tensor.dims]);
+ * ```
+ */
+export function attentionForward(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options: MomentsOptions,
+): Promise<AttentionMoments>;
+/**
  * Attention with all that training needs: the output, lse, the state of the random numbers, on
  * request scores and weights, and `backward`. Otherwise as {@link scaledDotProductAttention}.
  *
  * The backward pass recomputes the weights from lse (FlashAttention-2, arXiv 2307.08691); its
  * memory too grows with the lengths, never with their product.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -254,22 +338,51 @@ export function scaledDotProductAttentionSync(
  * assert.deepStrictEqual(gradQuery.dims, [1, 1, 2, 2]);
  * ```
  */
-export async function attentionForward(
+export function attentionForward(
   query: TensorLike,
   key: TensorLike,
   value: TensorLike,
   options?: AttentionOptions,
-): Promise<AttentionResult> {
+): Promise<AttentionResult>;
+export async function attentionForward(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions | MomentsOptions,
+): Promise<AttentionResult | AttentionMoments> {
   const borrowed = resolveCall(query, key, value, options, true);
   throwIfAborted(borrowed.signal);
   const call = withStableInputs(borrowed);
-  return createResult(call, await forward(call, true));
+  const outputs = await forward(call, true);
+  return call.outputs & WANTS_MOMENTS ? createMoments(call, outputs) : createResult(call, outputs);
 }
 
 /**
+ * As below, with the moments of dropout samples in place of their outputs: see
+ * {@link MomentsOptions}.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = attentionForwardSync(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, training: true, seed: 1, samples: 50, moments: true,
+ * });
+ * assert.deepStrictEqual([mean.dims, variance.dims], [tensor.dims, tensor.dims]);
+ * ```
+ */
+export function attentionForwardSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options: MomentsOptions,
+): AttentionMoments;
+/**
  * As {@link attentionForward}, on the calling thread; throws where that rejects.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -293,9 +406,16 @@ export function attentionForwardSync(
   key: TensorLike,
   value: TensorLike,
   options?: AttentionOptions,
-): AttentionResult {
+): AttentionResult;
+export function attentionForwardSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions | MomentsOptions,
+): AttentionResult | AttentionMoments {
   const borrowed = resolveCall(query, key, value, options, true);
   throwIfAborted(borrowed.signal);
+  if (borrowed.outputs & WANTS_MOMENTS) return createMoments(borrowed, forwardSync(borrowed, true));
   const call = withStableInputs(borrowed); // backward reads them again
   return createResult(call, forwardSync(call, true));
 }
@@ -310,6 +430,8 @@ function inputsOf(call: Call): Inputs {
     keepMask: call.keepMask === null ? null : (call.keepMask.data as Uint8Array),
     causalOffsets: call.causalOffsets,
     kvLengths: call.kvLengths,
+    sequences: call.sequences,
+    keyBlocks: call.keyBlocks,
   };
 }
 
@@ -333,14 +455,19 @@ function stable(view: TensorView): TensorView {
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
   const { problem, outputs, outputDims } = call;
-  const rows = problem.batch * problem.queryHeads * problem.queryLength;
-  const square = rows * problem.keyLength;
+  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
+  const moment = () =>
+    wantsMoments ? allocateFloat32(elementCount('output', call.sampleDims)) : null;
+  const whole = () => allocateFloats(problem.type, elementCount('output', outputDims));
   return {
-    output: output ?? allocateFloats(problem.type, elementCount('output', outputDims)),
-    lse: withLse ? allocateFloat32(rows) : null,
+    output: wantsMoments ? null : (output ?? whole()),
+    lse: withLse ? allocateFloat32(elementCount('lse', call.lseDims)) : null,
     scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
     weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
     droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
+    mean: moment(),
+    variance: moment(),
   };
 }
 
@@ -353,7 +480,7 @@ async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
   const inputs = inputsOf(call);
   await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
   if (!isAside) return outputs;
-  outData.set(outputs.output);
+  outData.set(outputs.output as FloatArray);
   return { ...outputs, output: outData };
 }
 
@@ -365,7 +492,7 @@ function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
 
 /** The output as a tensor: the caller's where there is one. */
 function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
-  return call.out ?? adoptTensor(call.problem.type, output, call.outputDims);
+  return call.out ?? adoptTensor(call.problem.type, output as FloatArray, call.outputDims);
 }
 
 function throwIfAborted(signal: AbortSignal | undefined): void {
@@ -404,9 +531,10 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   const shape = scoresShape(problem);
   const square = (data: Float32Array | null) =>
     data === null ? undefined : adoptTensor(FLOAT32, data, [...shape]);
-  let saved: Saved | null = { call, output: outputs.output, lse };
+  let saved: Saved | null = { call, output: outputs.output as FloatArray, lse };
   const stillSaved = () => {
     if (saved === null) throw disposedError('AttentionResult');
+    if (problem.samples > 0) throw noBackward(problem.samples);
     return saved;
   };
   const dispose = () => {
@@ -414,7 +542,7 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   };
   return {
     output: outputTensor(call, outputs),
-    lse: adoptTensor(FLOAT32, lse, shape.slice(0, 3)),
+    lse: adoptTensor(FLOAT32, lse, [...call.lseDims]),
     rngState: rngStateOf(call),
     backend: backend.name,
     scores: square(outputs.scores),
@@ -424,6 +552,26 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
     backwardSync: (gradOutput, options) => backwardSync(stillSaved(), gradOutput, options),
     dispose,
     [Symbol.dispose]: dispose,
+  };
+}
+
+function noBackward(samples: number): Error {
+  const expected =
+    'none for a forward call with samples: for the gradient of a sample, call attentionForward ' +
+    'with its offset and without samples,';
+  return unsupported('backward', expected, `samples: ${samples}`);
+}
+
+function createMoments(call: Call, outputs: ForwardOutputs): AttentionMoments {
+  const { backend } = call;
+  const tensor = (data: Float32Array | null, dims: readonly number[]) =>
+    adoptTensor(FLOAT32, data as Float32Array, [...dims]);
+  return {
+    mean: tensor(outputs.mean, call.sampleDims),
+    variance: tensor(outputs.variance, call.sampleDims),
+    lse: tensor(outputs.lse, call.lseDims),
+    rngState: rngStateOf(call),
+    backend: backend.name,
   };
 }
 

@@ -46,6 +46,9 @@ class NativeBackend implements Backend {
     this.native.forwardSync(
       encodeProblem(problem, sharedHeader),
       this.index,
+      inputs.sequences?.queryStarts ?? null,
+      inputs.sequences?.keyStarts ?? null,
+      inputs.keyBlocks,
       inputs.query,
       inputs.key,
       inputs.value,
@@ -58,6 +61,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 
@@ -65,6 +70,9 @@ class NativeBackend implements Backend {
     this.native.backwardSync(
       encodeProblem(problem, sharedHeader),
       this.index,
+      inputs.sequences?.queryStarts ?? null,
+      inputs.sequences?.keyStarts ?? null,
+      inputs.keyBlocks,
       inputs.query,
       inputs.key,
       inputs.value,
@@ -92,6 +100,9 @@ class NativeBackend implements Backend {
       cancel,
       encodeProblem(problem),
       this.index,
+      inputs.sequences?.queryStarts ?? null,
+      inputs.sequences?.keyStarts ?? null,
+      inputs.keyBlocks,
       inputs.query,
       inputs.key,
       inputs.value,
@@ -104,6 +115,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 
@@ -117,6 +130,9 @@ class NativeBackend implements Backend {
       cancel,
       encodeProblem(problem),
       this.index,
+      inputs.sequences?.queryStarts ?? null,
+      inputs.sequences?.keyStarts ?? null,
+      inputs.keyBlocks,
       inputs.query,
       inputs.key,
       inputs.value,

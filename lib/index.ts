@@ -1,6 +1,12 @@
 // The public names of node-sdpa, and nothing else.
 
-export type { AttentionResult, BackwardOptions, Gradients, RngState } from './attention';
+export type {
+  AttentionMoments,
+  AttentionResult,
+  BackwardOptions,
+  Gradients,
+  RngState,
+} from './attention';
 export {
   attentionForward,
   attentionForwardSync,
@@ -15,12 +21,24 @@ export type { SdpaError, SdpaErrorCode } from './errors';
 export type { GeneratorOptions, GeneratorState } from './generator';
 export { Generator, manualSeed } from './generator';
 export type {
+  AppendOptions,
+  AttendOptions,
+  KVCacheOptions,
+  KVCachePoolOptions,
+  TruncateOptions,
+} from './kv-cache';
+export { KVCache, KVCachePool } from './kv-cache';
+export type { AttentionPart, MergedAttention, MergeOptions } from './merge-attention';
+export { mergeAttention } from './merge-attention';
+export type {
   AttentionOptions,
   AttentionOutputName,
   BackendName,
+  CuSeqlens,
   DropoutBroadcastAxis,
   DropoutPlacement,
   Layout,
+  MomentsOptions,
   Precision,
 } from './problem';
 export type { TensorData, TensorLike, TensorType } from './tensor';

@@ -26,7 +26,7 @@ import {
 } from './errors';
 import { checkGenerator, draw, type Generator } from './generator';
 import { allocateInt32, BOOL, FLOAT32 } from './memory';
-import type { FloatArray, Problem } from './problem-header';
+import type { FloatArray, Problem, Sequences } from './problem-header';
 import {
   checkLength,
   elementCount,
@@ -45,6 +45,7 @@ export type {
   ForwardOutputs,
   Inputs,
   Problem,
+  Sequences,
 } from './problem-header';
 export { encodeProblem, PROBLEM_FIELDS } from './problem-header';
 
@@ -171,6 +172,31 @@ export type BackendName =
 export type AttentionOutputName = 'lse' | 'scores' | 'weights' | 'droppedWeights';
 
 /**
+ * Where the sequences of a packed batch begin and end: B + 1 running totals each for queries and
+ * keys, from 0 to the total, as flash-attention's `cu_seqlens`. A sequence may have no queries, and
+ * no keys.
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const packed = { data: Float32Array.of(1, 2, 3, 4, 5), dims: [5, 1, 1] };
+ * const starts = Int32Array.of(0, 2, 5); // one sequence of 2 tokens, one of 3
+ * const output = scaledDotProductAttentionSync(packed, packed, packed, {
+ *   cuSeqlens: { query: starts, key: starts }, isCausal: true,
+ * });
+ * assert.deepStrictEqual(output.dims, [5, 1, 1]);
+ * assert.deepStrictEqual([output.data[0], output.data[2]], [1, 3]); // the first of each sequence
+ * ```
+ */
+export interface CuSeqlens {
+  /** [B + 1]: sequence b has the queries query[b] to query[b + 1] of the packed ones */
+  readonly query: Int32Array;
+  /** [B + 1]: the same for keys and values */
+  readonly key: Int32Array;
+}
+
+/**
  * The options of an attention call; every one may be left out. PyTorch's names in camelCase.
  *
  * B, Hq, Hkv, Lq, Lk, D and Dv are batch, query heads, key/value heads, query and key length,
@@ -239,6 +265,29 @@ export interface AttentionOptions {
    * [B, Hq, Lq, Dv] for `'context'`, in either layout. What is kept is multiplied by 1 / (1 - p).
    */
   readonly keepMask?: TensorLike;
+  /**
+   * N dropout samples in one call (Monte-Carlo dropout, arXiv 1506.02142): the output gains a
+   * leading axis of N, and sample s is, bit for bit, what the call with `offset + s` (modulo 2^64)
+   * gives. A generator goes on N offsets. For `'weights'` and `'context'` dropout scores and softmax
+   * are computed once; `'scores'` dropout costs as much as N calls. Without dropout all samples are
+   * equal. Backward and the [Lq, Lk] outputs are for calls without samples. Default: none, and no
+   * such axis
+   *
+   * @example
+   * ```js
+   * import { scaledDotProductAttentionSync } from 'node-sdpa';
+   * import assert from 'node:assert';
+   * const tensor = { data: Float32Array.of(1, 2, 3, 4, 5, 6, 7, 8), dims: [1, 1, 2, 4] };
+   * const dropout = { dropoutP: 0.5, training: true, seed: 1 };
+   * const run = (more) => scaledDotProductAttentionSync(tensor, tensor, tensor, more);
+   * const output = run({ ...dropout, offset: 7, samples: 3 });
+   * assert.deepStrictEqual(output.dims, [3, 1, 1, 2, 4]);
+   * assert.deepStrictEqual(output.data.slice(16), run({ ...dropout, offset: 9 }).data);
+   * ```
+   */
+  readonly samples?: number;
+  /** Mean and variance in place of the samples' outputs: see {@link MomentsOptions} */
+  readonly moments?: false;
   /** Position of this shard's first batch entry in the whole, for dropout. Default: 0 */
   readonly batchOffset?: number;
   /** Position of this shard's first query head in the whole, for dropout. Default: 0 */
@@ -251,6 +300,14 @@ export interface AttentionOptions {
   readonly precision?: Precision;
   /** Order of the axes of query, key, value, output and gradients. Default: `'bhsd'` */
   readonly layout?: Layout;
+  /**
+   * Makes this a packed batch of sequences of different lengths: query [totalQ, Hq, D], key
+   * [totalK, Hkv, D], value [totalK, Hkv, Dv], output [totalQ, Hq, Dv], lse [Hq, totalQ]. Positions
+   * restart in each sequence, `'bottom-right'` is each one's own, and dropout takes the sequence's
+   * number for its batch entry. A sequence has the very bits that it has alone. Not together with
+   * attnMask, keepMask, samples, layout `'bhsd'`, or outputs other than lse. Default: none
+   */
+  readonly cuSeqlens?: CuSeqlens;
   /** What computes. Default: `'auto'` */
   readonly backend?: BackendName;
   /**
@@ -264,6 +321,33 @@ export interface AttentionOptions {
   readonly outputs?: readonly AttentionOutputName[];
 }
 
+/**
+ * The options of `attentionForward` where it gives the mean and the variance of N dropout samples
+ * in place of N outputs. They need no memory for these, and every element is summed in float64.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4, 5, 6, 7, 8), dims: [1, 1, 2, 4] };
+ * const dropout = { dropoutP: 0.5, training: true, seed: 1, samples: 100 };
+ * const { mean, variance } = attentionForwardSync(tensor, tensor, tensor, {
+ *   ...dropout, moments: true,
+ * });
+ * const { data } = attentionForwardSync(tensor, tensor, tensor, dropout).output;
+ * const first = Array.from({ length: 100 }, (_, s) => data[8 * s]);
+ * const average = first.reduce((sum, x) => sum + x) / 100;
+ * const spread = first.reduce((sum, x) => sum + (x - average) ** 2, 0) / 99;
+ * assert.ok(Math.abs(mean.data[0] - average) < 1e-6 * average);
+ * assert.ok(Math.abs(variance.data[0] - spread) < 1e-6 * spread);
+ * ```
+ */
+export interface MomentsOptions extends Omit<AttentionOptions, 'moments' | 'out'> {
+  /** At least 2: one sample has no variance */
+  readonly samples: number;
+  readonly moments: true;
+}
+
 /** A call with every default resolved and every argument checked. */
 export interface Call {
   readonly problem: Problem;
@@ -275,16 +359,21 @@ export interface Call {
   readonly keepMask: TensorView | null;
   readonly causalOffsets: Int32Array | null;
   readonly kvLengths: Int32Array | null;
+  readonly sequences: Sequences | null;
+  readonly keyBlocks: Int32Array | null;
+  /** Of one output, and of all where there are samples */
+  readonly sampleDims: readonly number[];
   readonly outputDims: readonly number[];
+  readonly lseDims: readonly number[];
   /** The caller's tensor for the output, and its elements */
   readonly out: Tensor | undefined;
   readonly outData: FloatArray | null;
   readonly signal: AbortSignal | undefined;
-  /** Bits WANTS_SCORES, WANTS_WEIGHTS, WANTS_DROPPED_WEIGHTS */
+  /** Bits WANTS_SCORES, WANTS_WEIGHTS, WANTS_DROPPED_WEIGHTS, WANTS_MOMENTS */
   readonly outputs: number;
 }
 
-const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
+export const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
 export const PLACEMENTS: readonly DropoutPlacement[] = ['weights', 'context', 'scores'];
 export const BROADCAST_AXES: readonly DropoutBroadcastAxis[] = ['batch', 'head', 'query'];
 const PRECISIONS: readonly Precision[] = ['highest', 'high', 'medium'];
@@ -292,9 +381,11 @@ const OUTPUT_NAMES: readonly AttentionOutputName[] = ['lse', 'scores', 'weights'
 export const WANTS_SCORES = 2;
 export const WANTS_WEIGHTS = 4;
 export const WANTS_DROPPED_WEIGHTS = 8;
+export const WANTS_MOMENTS = 16;
 
 const BSHD = 1;
 const CONTEXT = 1;
+const SCORES = 2;
 const MASK_NONE = 0;
 const MASK_BOOL = 1;
 const LARGEST_INT32 = 2 ** 31 - 1;
@@ -330,12 +421,15 @@ function copyOptions(options: AttentionOptions): Given {
     offset: options.offset,
     generator: options.generator,
     keepMask: options.keepMask,
+    samples: options.samples,
+    moments: options.moments,
     batchOffset: options.batchOffset,
     headOffset: options.headOffset,
     queryOffset: options.queryOffset,
     keyOffset: options.keyOffset,
     precision: options.precision,
     layout: options.layout,
+    cuSeqlens: options.cuSeqlens,
     backend: options.backend,
     out: options.out,
     signal: options.signal,
@@ -374,14 +468,23 @@ export function resolveCall(
   problem.layout = checkWord('layout', given.layout, LAYOUTS);
   problem.precision = checkWord('precision', given.precision, PRECISIONS);
   resolveTypes(problem, query, key, value);
-  resolveShapes(problem, query, key, value, checkBoolean('enableGqa', given.enableGqa, false));
+  const enableGqa = checkBoolean('enableGqa', given.enableGqa, false);
+  const isPacked = given.cuSeqlens !== undefined;
+  if (isPacked) resolvePackedShapes(problem, query, key, value, enableGqa);
+  else resolveShapes(problem, query, key, value, enableGqa);
+  const sequences = isPacked ? resolveSequences(problem, given, query.dims[0], key.dims[0]) : null;
   if (mask !== null) resolveMask(problem, mask);
   resolveScores(problem, given);
-  const causalOffsets = resolveVisibility(problem, given);
-  const kvLengths = resolveKvLengths(problem, given.kvLengths);
+  const causalOffsets = resolveVisibility(problem, given, sequences);
+  const kvLengths = resolveKvLengths(problem, given.kvLengths, sequences);
   resolveShard(problem, given);
   const isDropping = resolveDropout(problem, given, keepMask);
-  const outputs = resolveOutputs(problem, given.outputs, allowsOutputs);
+  const outputs =
+    resolveOutputs(problem, given.outputs, allowsOutputs) |
+    resolveSamples(problem, given, allowsOutputs);
+  if (isPacked && outputs > 1) {
+    throw unsupported('outputs', 'none but "lse" together with cuSeqlens', describe(given.outputs));
+  }
   const signal = checkSignal('signal', given.signal);
   const backend = selectBackend(given.backend);
 
@@ -390,7 +493,8 @@ export function resolveCall(
   checkLength('value', value);
   if (mask !== null) checkLength('attnMask', mask);
   if (keepMask !== null) checkLength('keepMask', keepMask);
-  const outputDims = outputShape(problem);
+  const sampleDims = sampleShape(problem, sequences);
+  const outputDims = outputShape(problem, sampleDims);
   const { out } = given;
   const outData =
     out === undefined
@@ -407,12 +511,118 @@ export function resolveCall(
     keepMask: isDropping ? keepMask : null,
     causalOffsets,
     kvLengths,
+    sequences,
+    keyBlocks: null,
+    sampleDims,
     outputDims,
+    lseDims: lseShape(problem, sequences),
     out: out as Tensor | undefined,
     outData,
     signal,
     outputs,
   };
+}
+
+/** The keys and values that a cache gives to a call. */
+export interface CachedKeys {
+  /** [blocks, Hkv, blockLength, D] and [blocks, Hkv, blockLength, Dv] */
+  readonly key: TensorView;
+  readonly value: TensorView;
+  /** [B, n]: the blocks of each batch entry */
+  readonly blocks: Int32Array;
+  /** [B] */
+  readonly lengths: Int32Array;
+}
+
+/**
+ * As {@link resolveCall}, for queries at the end of what a cache holds: causal by default, with the
+ * diagonal of `'bottom-right'`, each sequence by its own length. `gather` says what is in the cache
+ * and comes after all code of the caller's.
+ */
+export function resolveCachedCall(
+  queryLike: unknown,
+  options: AttentionOptions,
+  gather: () => CachedKeys,
+): Call {
+  const copy = copyOptions(options);
+  const { isCausal = true, causalOffset = 'bottom-right' } = copy;
+  const given: Given = { ...copy, isCausal, causalOffset };
+  const query = readTensor('query', queryLike);
+  const problem = newProblem();
+  problem.layout = checkWord('layout', given.layout, LAYOUTS);
+  problem.precision = checkWord('precision', given.precision, PRECISIONS);
+  const { key, value, blocks, lengths } = gather();
+  resolveCachedShapes(problem, query, key, value, lengths);
+  resolveScores(problem, given);
+  const causalOffsets = resolveVisibility(problem, given, null);
+  resolveShard(problem, given);
+  const isDropping = resolveDropout(problem, given, null);
+  const signal = checkSignal('signal', given.signal);
+  const backend = selectBackend(given.backend);
+  checkLength('query', query);
+  const sampleDims = sampleShape(problem, null);
+  const outputDims = outputShape(problem, sampleDims);
+  const { out } = given;
+  const outData = out === undefined ? null : readOut(out, problem, outputDims, [query]);
+  resolveSeed(problem, given, isDropping);
+  const ends =
+    given.causalOffset === 'bottom-right'
+      ? lengths.map((length) => length - problem.queryLength)
+      : causalOffsets;
+  return {
+    problem: Object.freeze(problem),
+    backend,
+    query,
+    key,
+    value,
+    mask: null,
+    keepMask: null,
+    causalOffsets: ends,
+    kvLengths: lengths,
+    sequences: null,
+    keyBlocks: blocks,
+    sampleDims,
+    outputDims,
+    lseDims: lseShape(problem, null),
+    out: out as Tensor | undefined,
+    outData,
+    signal,
+    outputs: 0,
+  };
+}
+
+/** Sizes from the query's shape and what the cache has. */
+function resolveCachedShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  lengths: Int32Array,
+): void {
+  checkRank(problem, 'query', query);
+  if (query.type === BOOL || (query.type !== FLOAT32 && query.type !== key.type)) {
+    const own = key.type === FLOAT32 ? '' : ` or ${TYPE_NAMES[key.type]}`;
+    throw invalidType('query', `float32${own} elements`, TYPE_NAMES[query.type]);
+  }
+  const [, kvHeads, blockLength, headDim] = key.dims;
+  const [batch, first, second, width] = query.dims;
+  const [heads, length] = problem.layout === BSHD ? [second, first] : [first, second];
+  if (batch !== lengths.length || width !== headDim || heads % kvHeads !== 0) {
+    const shape = problem.layout === BSHD ? ['Lq', 'Hq'] : ['Hq', 'Lq'];
+    const expected = formatShape([lengths.length, ...shape, headDim]);
+    const words = `${expected}, Hq a multiple of the cache's ${kvHeads} heads`;
+    throw shapeMismatch('query', words, formatShape(query.dims));
+  }
+  problem.type = query.type;
+  problem.keyType = key.type;
+  problem.keyBlockLength = blockLength;
+  problem.batch = batch;
+  problem.queryHeads = heads;
+  problem.kvHeads = kvHeads;
+  problem.queryLength = length;
+  problem.keyLength = lengths.reduce((most, n) => Math.max(most, n), 1);
+  problem.headDim = headDim;
+  problem.valueDim = value.dims[3];
 }
 
 /** A Problem of size 0 with every option at its default. */
@@ -427,6 +637,8 @@ export function newProblem(): Draft {
     valueDim: 0,
     layout: 0,
     type: FLOAT32,
+    keyType: FLOAT32,
+    keyBlockLength: 0,
     maskType: MASK_NONE,
     maskBatch: 1,
     maskHeads: 1,
@@ -450,6 +662,7 @@ export function newProblem(): Draft {
     queryOffset: 0,
     keyOffset: 0,
     precision: 0,
+    samples: 0,
   };
 }
 
@@ -461,6 +674,7 @@ function resolveTypes(problem: Draft, query: TensorView, key: TensorView, value:
   if (key.type !== query.type) throw wrongType('key', query, key);
   if (value.type !== query.type) throw wrongType('value', query, value);
   problem.type = query.type;
+  problem.keyType = key.type;
 }
 
 function wrongType(argument: string, query: TensorView, other: TensorView): Error {
@@ -487,9 +701,7 @@ function resolveShapes(
   if (k[0] !== q[0] || k[3] !== q[3] || (k[heads] !== q[heads] && !enableGqa)) {
     throw keyMismatch(problem, q, k, enableGqa);
   }
-  if (q[heads] % k[heads] !== 0) {
-    throw shapeMismatch('key', `a head count that divides query's ${q[heads]}`, String(k[heads]));
-  }
+  checkGroups(q[heads], k[heads]);
   if (v[0] !== k[0] || v[1] !== k[1] || v[2] !== k[2]) throw valueMismatch(k, v);
   if (q[3] > LARGEST_HEAD_DIM) throw tooWide('query', 'headDim', q);
   if (v[3] > LARGEST_HEAD_DIM) throw tooWide('value', 'valueDim', v);
@@ -500,6 +712,106 @@ function resolveShapes(
   problem.keyLength = k[length];
   problem.headDim = q[3];
   problem.valueDim = v[3];
+}
+
+/** Sizes but for the lengths from the shapes of a packed batch, [total, heads, dim] each. */
+function resolvePackedShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  enableGqa: boolean,
+): void {
+  for (const [argument, { dims }] of Object.entries({ query, key, value })) {
+    if (dims.length !== 3) {
+      throw shapeMismatch(argument, '3 axes, [total, heads, dim]', formatShape(dims));
+    }
+  }
+  const q = query.dims;
+  const k = key.dims;
+  const v = value.dims;
+  if (k[2] !== q[2] || (k[1] !== q[1] && !enableGqa)) {
+    const expected = formatShape(['totalK', enableGqa ? 'Hkv' : q[1], q[2]]);
+    const hint = k[2] === q[2] ? '; heads may differ only with enableGqa: true' : '';
+    const words = `${expected} to match query ${formatShape(q)}`;
+    throw shapeMismatch('key', words, formatShape(k) + hint);
+  }
+  checkGroups(q[1], k[1]);
+  if (v[0] !== k[0] || v[1] !== k[1]) {
+    const expected = `${formatShape([k[0], k[1], 'Dv'])} to match key ${formatShape(k)}`;
+    throw shapeMismatch('value', expected, formatShape(v));
+  }
+  if (q[2] > LARGEST_HEAD_DIM) throw tooWide('query', 'headDim', q);
+  if (v[2] > LARGEST_HEAD_DIM) throw tooWide('value', 'valueDim', v);
+  problem.queryHeads = q[1];
+  problem.kvHeads = k[1];
+  problem.headDim = q[2];
+  problem.valueDim = v[2];
+}
+
+/** The sequences of a packed batch; their number and largest lengths become the problem's. */
+function resolveSequences(problem: Draft, given: Given, totalQ: number, totalK: number): Sequences {
+  const { cuSeqlens } = given;
+  checkPlainObject('cuSeqlens', cuSeqlens);
+  checkOptionNames(cuSeqlens, CU_SEQLENS_NAMES, 'cuSeqlens');
+  const { query, key } = cuSeqlens as CuSeqlens;
+  const queryStarts = readStarts('cuSeqlens.query', query, totalQ);
+  const keyStarts = readStarts('cuSeqlens.key', key, totalK);
+  if (keyStarts.length !== queryStarts.length) {
+    const expected = `${queryStarts.length} running totals, as in cuSeqlens.query`;
+    throw shapeMismatch('cuSeqlens.key', expected, String(keyStarts.length));
+  }
+  for (const name of ['attnMask', 'keepMask', 'samples'] as const) {
+    if (given[name] !== undefined) throw unsupported(name, 'none together with cuSeqlens', 'one');
+  }
+  if (given.layout === 'bhsd') {
+    throw valueError('layout: expected none or "bshd" together with cuSeqlens, got "bhsd"');
+  }
+  problem.layout = BSHD;
+  problem.batch = queryStarts.length - 1;
+  problem.queryLength = longest(queryStarts);
+  problem.keyLength = longest(keyStarts);
+  return { queryStarts, keyStarts };
+}
+
+const CU_SEQLENS_NAMES: ReadonlySet<string> = new Set(['query', 'key']);
+
+/** Checks a copy: the original may be shared with another thread. */
+function readStarts(argument: string, value: unknown, total: number): Int32Array {
+  if (!(value instanceof Int32Array)) throw invalidType(argument, 'an Int32Array', describe(value));
+  const starts = allocateInt32(value.length);
+  starts.set(value);
+  if (starts.length < 2) {
+    throw shapeMismatch(argument, 'B + 1 running totals', String(starts.length));
+  }
+  if (starts[0] !== 0) throw invalidValue(`${argument}[0]`, '0', String(starts[0]));
+  for (let b = 1; b < starts.length; b++) {
+    if (starts[b] < starts[b - 1]) {
+      const expected = `${starts[b - 1]} or more, as totals do not fall`;
+      throw invalidValue(`${argument}[${b}]`, expected, String(starts[b]));
+    }
+  }
+  const last = starts.length - 1;
+  if (starts[last] !== total) {
+    throw shapeMismatch(`${argument}[${last}]`, `the total, ${total}`, String(starts[last]));
+  }
+  return starts;
+}
+
+function lengthOf(starts: Int32Array, b: number): number {
+  return starts[b + 1] - starts[b];
+}
+
+function longest(starts: Int32Array): number {
+  let most = 0;
+  for (let b = 0; b < starts.length - 1; b++) most = Math.max(most, lengthOf(starts, b));
+  return most;
+}
+
+function checkGroups(queryHeads: number, kvHeads: number): void {
+  if (queryHeads % kvHeads === 0) return;
+  const expected = `a head count that divides query's ${queryHeads}`;
+  throw shapeMismatch('key', expected, String(kvHeads));
 }
 
 function checkRank(problem: Problem, argument: string, view: TensorView): void {
@@ -564,11 +876,24 @@ export function scoresShape(problem: Problem): number[] {
   return [problem.batch, problem.queryHeads, problem.queryLength, problem.keyLength];
 }
 
-/** Shape of the output in the call's layout. */
-function outputShape(p: Problem): number[] {
+/** Shape of one output in the call's layout: also of the moments of samples. */
+function sampleShape(p: Problem, sequences: Sequences | null): number[] {
+  if (sequences) return [sequences.queryStarts[p.batch], p.queryHeads, p.valueDim];
   return p.layout === BSHD
     ? [p.batch, p.queryLength, p.queryHeads, p.valueDim]
     : [p.batch, p.queryHeads, p.queryLength, p.valueDim];
+}
+
+/** Shape of the whole output: samples have an axis of their own. */
+function outputShape({ samples }: Problem, sampleDims: readonly number[]): readonly number[] {
+  return samples > 0 ? [samples, ...sampleDims] : sampleDims;
+}
+
+/** Shape of lse, the same in either layout; samples have an axis where each drops its own scores. */
+function lseShape(p: Problem, sequences: Sequences | null): number[] {
+  if (sequences) return [p.queryHeads, sequences.queryStarts[p.batch]];
+  const one = [p.batch, p.queryHeads, p.queryLength];
+  return p.samples > 0 && p.dropoutPlacement === SCORES ? [p.samples, ...one] : one;
 }
 
 /** Scale and softcap: rounded to float32 here, so that every backend has the same number. */
@@ -586,12 +911,21 @@ function resolveScores(problem: Draft, given: Given): void {
 }
 
 /** Causal rule and window. Returns the offsets where each batch entry has its own. */
-function resolveVisibility(problem: Draft, given: Given): Int32Array | null {
+function resolveVisibility(
+  problem: Draft,
+  given: Given,
+  sequences: Sequences | null,
+): Int32Array | null {
   const { isCausal, causalOffset, windowSize } = given;
   problem.isCausal = checkBoolean('isCausal', isCausal, false) ? 1 : 0;
   if (windowSize !== undefined) resolveWindow(problem, windowSize);
   if (causalOffset === undefined) return null;
   if (Array.isArray(causalOffset)) return readCausalOffsets(problem, causalOffset);
+  if (sequences !== null && causalOffset === 'bottom-right') {
+    const { queryStarts, keyStarts } = sequences;
+    const offsets = allocateInt32(problem.batch);
+    return offsets.map((_, b) => lengthOf(keyStarts, b) - lengthOf(queryStarts, b));
+  }
   problem.causalOffset =
     causalOffset === 'bottom-right'
       ? problem.keyLength - problem.queryLength
@@ -637,7 +971,11 @@ function checkReach(argument: string, value: unknown): number {
 }
 
 /** Checks a copy: the original may be shared with another thread. */
-function resolveKvLengths(problem: Problem, value: unknown): Int32Array | null {
+function resolveKvLengths(
+  problem: Problem,
+  value: unknown,
+  sequences: Sequences | null,
+): Int32Array | null {
   if (value === undefined) return null;
   if (!(value instanceof Int32Array)) {
     throw invalidType('kvLengths', 'an Int32Array', describe(value));
@@ -649,8 +987,9 @@ function resolveKvLengths(problem: Problem, value: unknown): Int32Array | null {
   const lengths = allocateInt32(problem.batch);
   lengths.set(value);
   for (let b = 0; b < lengths.length; b++) {
-    if (lengths[b] < 0 || lengths[b] > problem.keyLength) {
-      const expected = `a length from 0 to ${problem.keyLength}`;
+    const most = sequences === null ? problem.keyLength : lengthOf(sequences.keyStarts, b);
+    if (lengths[b] < 0 || lengths[b] > most) {
+      const expected = `a length from 0 to ${most}`;
       throw invalidValue(`kvLengths[${b}]`, expected, String(lengths[b]));
     }
   }
@@ -740,7 +1079,7 @@ function resolveSeed(problem: Draft, given: Given, isRandom: boolean): void {
   }
   if (seed === undefined) {
     if (offset !== undefined) throw valueError('offset: expected a seed with it, got none');
-    if (isRandom) draw(generator, problem);
+    if (isRandom) draw(generator, problem, Math.max(problem.samples, 1));
     return;
   }
   const start = checkUint64('seed', seed);
@@ -765,6 +1104,29 @@ function resolveOutputs(problem: Problem, outputs: unknown, isAllowed: boolean):
   const bits = checkWordList('outputs', outputs, OUTPUT_NAMES);
   if (bits > 1) elementCount('outputs', scoresShape(problem));
   return bits;
+}
+
+/** How many samples there are, and whether their moments are wanted in place of outputs, as a bit. */
+function resolveSamples(problem: Draft, given: Given, allowsMoments: boolean): number {
+  const { samples, outputs } = given;
+  const moments = checkBoolean('moments', given.moments, false);
+  if (samples === undefined) {
+    if (moments) throw typeError('samples: expected how many, because moments is true, got none');
+    return 0;
+  }
+  problem.samples = checkInteger('samples', samples, 1, LARGEST_INT32);
+  if (checkWordList('outputs', outputs, OUTPUT_NAMES) > 1) {
+    throw unsupported('outputs', 'only "lse" together with samples', describe(outputs));
+  }
+  if (!moments) return 0;
+  if (!allowsMoments) {
+    throw typeError('moments: expected none, as only attentionForward returns them');
+  }
+  if (samples === 1) throw invalidValue('samples', 'at least 2 where moments is true', '1');
+  if (given.out !== undefined) {
+    throw valueError('out: expected none together with moments, which give no output');
+  }
+  return WANTS_MOMENTS;
 }
 
 /** The caller's tensor for the output: like the output, and apart from all inputs. */

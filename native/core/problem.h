@@ -28,7 +28,9 @@ enum class Precision : uint32_t { highest, high, medium };
   FIELD(uint32_t, head_dim)  /* of query and key, 1 to 512 */                         \
   FIELD(uint32_t, value_dim) /* of value and output, 1 to 512 */                      \
   FIELD(Layout, layout)                                                               \
-  FIELD(Type, type) /* of query, key, value, output and their gradients */            \
+  FIELD(Type, type)                 /* of query, output and all gradients */          \
+  FIELD(Type, key_type)             /* of key and value */                            \
+  FIELD(uint32_t, key_block_length) /* keys in a block of a cache; 0: no blocks */    \
   FIELD(MaskType, mask_type)                                                          \
   FIELD(uint32_t, mask_batch)                                                         \
   FIELD(uint32_t, mask_heads)                                                         \
@@ -51,7 +53,8 @@ enum class Precision : uint32_t { highest, high, medium };
   FIELD(uint32_t, head_offset)                                                        \
   FIELD(uint32_t, query_offset)                                                       \
   FIELD(uint32_t, key_offset)                                                         \
-  FIELD(Precision, precision)
+  FIELD(Precision, precision)                                                         \
+  FIELD(uint32_t, samples) /* 0: none; else as many outputs, one for each of as many offsets */
 
 struct Problem {
 #define SDPA_DECLARE_FIELD(type, name) type name;
@@ -61,6 +64,9 @@ struct Problem {
 static_assert(std::is_trivially_copyable_v<Problem>, "a Problem is passed to GPUs by value");
 
 constexpr uint32_t kMaxHeadDim = 512;
+
+/// Blocks of a cache hold whole tiles of keys: no tile of any kernel crosses from one to the next.
+constexpr uint32_t kKeyBlockUnit = 64;
 
 /// Tensors that forward and backward read. Pointers to half types are to their 16-bit patterns.
 struct Inputs {
@@ -72,15 +78,22 @@ struct Inputs {
                                   // [batch, query_heads, query_length, key_length or value_dim]
   const int32_t* causal_offsets;  // [batch] or null
   const int32_t* kv_lengths;      // [batch], each in 0..key_length, or null
+  // Of a cache, or null: keys i * key_block_length on are in block key_blocks[i] of key [blocks,
+  // kv_heads, key_block_length, head_dim] and value; kernels take one batch entry.
+  const int32_t* key_blocks;
 };
 
-/// Tensors that the forward pass writes; all but the output may be null.
+/// Tensors that the forward pass writes; all but the output may be null. A call with samples writes
+/// [samples] outputs, or instead their mean and variance; lse is one for all of them, except under
+/// `scores` dropout: [samples] then; and there are no matrices.
 struct ForwardOutputs {
   void* output;            // [batch, query_heads, query_length, value_dim] in bhsd
   float* lse;              // [batch, query_heads, query_length]
   float* scores;           // [batch, query_heads, query_length, key_length]; before dropout
   float* weights;          // same shape; the softmax that was used
   float* dropped_weights;  // same shape; what multiplied the values
+  float* mean;             // as one output, over the samples
+  float* variance;         // same shape, unbiased
 };
 
 /// Tensors of the backward pass: the first three are read, the gradients are written.
@@ -97,8 +110,16 @@ struct BackwardTensors {
 /// Multiply-adds of the forward pass, without regard to what masks leave out: the size of a call.
 constexpr double multiply_adds(const Problem& p) {
   return double(p.batch) * p.query_heads * p.query_length * p.key_length *
-         (p.head_dim + p.value_dim);
+         (p.head_dim + p.value_dim) * (p.samples > 0 ? p.samples : 1);
 }
+
+/// Elements of the output of one sample.
+constexpr size_t output_size(const Problem& p) {
+  return size_t{p.batch} * p.query_heads * p.query_length * p.value_dim;
+}
+
+/// A call of more multiply-adds than this is worth waking other threads for: about 20 microseconds.
+constexpr double kWorthSharing = 1e6;
 
 /// Where row `position` of head `head` of batch entry `b` starts, in elements.
 constexpr size_t row_offset(Layout layout, size_t heads, size_t length, size_t width, size_t b,
