@@ -11,7 +11,7 @@ import {
   type TensorLike,
 } from '../lib/index';
 import { type NamedCase, namedTensors, swapAxes } from './cases';
-import { decodeHalves, encodeHalf, roundToHalf } from './half';
+import { decodeHalves, encodeHalves } from './half';
 import {
   type Bounded,
   type ReferenceOptions,
@@ -116,8 +116,9 @@ export function representable(call: Call): Call {
 }
 
 function roundTensor(type: Storage, tensor: ReferenceTensor): ReferenceTensor {
-  const round = type === 'float32' ? Math.fround : (x: number) => roundToHalf(type, x);
-  return { dims: tensor.dims, data: Float64Array.from(tensor.data, round) };
+  const { data, dims } = tensor;
+  if (type === 'float32') return { dims, data: new Float64Array(new Float32Array(data)) };
+  return { dims, data: decodeHalves(type, encodeHalves(type, data)) };
 }
 
 /** A named case as a call. */
@@ -205,8 +206,8 @@ function storedMask(mask: ReferenceTensor, type?: Storage): TensorLike {
 /** A tensor as the package takes it: encoded, and with its axes in the order of `layout`. */
 export function stored(t: ReferenceTensor, type: Storage = 'float32', layout: Layout = 'bhsd') {
   const { data, dims } = layout === 'bshd' ? swapAxes(t) : t;
-  if (type === 'float32') return { data: Float32Array.from(data), dims };
-  return { data: Uint16Array.from(data, (x: number) => encodeHalf(type, x)), dims, type };
+  if (type === 'float32') return { data: new Float32Array(data), dims };
+  return { data: encodeHalves(type, data), dims, type };
 }
 
 /** The numbers of a tensor of the package, back in [batch, heads, length, dim]. */
@@ -222,7 +223,7 @@ export function numbers(tensor: Tensor): Float64Array {
   if (type === 'float16' || type === 'bfloat16') {
     return decodeHalves(type, data as Uint16Array);
   }
-  return Float64Array.from(data);
+  return new Float64Array(data as Float32Array);
 }
 
 function float32(tensor: Tensor): Float32Array {
