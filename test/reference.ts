@@ -514,6 +514,8 @@ class Accumulator {
   readonly sum: Float64Array;
   readonly size: Float64Array;
   readonly error: Float64Array;
+  /** What operands below the normal range may have lost. */
+  readonly flushed: Float64Array;
   readonly beyond: Uint8Array;
   readonly touched: Uint8Array;
 
@@ -521,6 +523,7 @@ class Accumulator {
     this.sum = new Float64Array(length);
     this.size = new Float64Array(length);
     this.error = new Float64Array(length);
+    this.flushed = new Float64Array(length);
     this.beyond = new Uint8Array(length);
     this.touched = new Uint8Array(length);
   }
@@ -528,18 +531,19 @@ class Accumulator {
   add(at: number, factor: number, factorError: number, value: number): void {
     this.sum[at] = this.sum[at] + factor * value;
     this.size[at] = this.size[at] + Math.abs(factor * value);
-    const flushed = FLUSH * (1 + Math.abs(factor) + Math.abs(value));
-    this.error[at] = this.error[at] + factorError * Math.abs(value) + flushed;
+    this.error[at] = this.error[at] + factorError * Math.abs(value);
+    this.flushed[at] = this.flushed[at] + FLUSH * (1 + Math.abs(factor) + Math.abs(value));
     if (isBeyond(Math.abs(value))) this.beyond[at] = 1;
   }
 
   finish(terms: number, product: number, factor: number, storage: Storage): Bounded {
     const values = this.sum.map((x) => factor * x);
     const error = values.map((x, at) => {
-      const size = this.size[at] * Math.max(1, Math.abs(factor));
-      if (this.beyond[at] || isBeyond(size)) return Infinity;
+      // Before the sum or after it: it is open where a kernel multiplies by the factor.
+      const largest = Math.max(1, Math.abs(factor));
+      if (this.beyond[at] || isBeyond(this.size[at] * largest)) return Infinity;
       const raw = this.error[at] + (sumRoundings(terms) + product) * this.size[at];
-      return stored(x, Math.abs(factor) * raw, storage);
+      return stored(x, Math.abs(factor) * raw + largest * this.flushed[at], storage);
     });
     return { values, error, touched: this.touched };
   }
@@ -621,6 +625,7 @@ function gradientRow(
   let delta = 0;
   let deltaError = 0;
   let deltaSize = 0;
+  let isOverflown = false; // the output, which kernels form Delta from
   for (let j = 0; j < s.keyLength; j++) {
     const weight = s.weights.values[row * s.keyLength + j];
     if (weight !== 0) delta += weight * grad[j];
@@ -631,8 +636,9 @@ function gradientRow(
     deltaError += Math.abs(gradOutput[at]) * (s.output.error[at] + roundings);
     deltaError += FLUSH * (1 + Math.abs(gradOutput[at]) + Math.abs(s.output.values[at]));
     deltaSize += Math.abs(gradOutput[at] * s.output.values[at]);
+    isOverflown ||= s.output.error[at] === Infinity;
   }
-  if (isBeyond(deltaSize) || size.some(isBeyond)) {
+  if (isOverflown || isBeyond(deltaSize) || size.some(isBeyond)) {
     markRow(s, row, sums, 'beyond');
     return;
   }
@@ -645,11 +651,13 @@ function gradientRow(
     const differenceError = gradError[j] + deltaError + ARGUMENT * (Math.abs(dP) + Math.abs(delta));
     const dScore = weight * difference;
     const dScoreError =
-      s.weights.error[at] * Math.abs(difference) + weight * differenceError * SLACK + FLUSH;
+      s.weights.error[at] * (Math.abs(difference) + differenceError) +
+      weight * differenceError * SLACK +
+      FLUSH;
     if (sums.mask) sums.mask.add(maskIndex(s, b, h, i, j), dScore, dScoreError, 1);
     const slope = s.slope.values[at];
     const dRaw = dScore * slope;
-    const dRawError = dScoreError * slope + Math.abs(dScore) * s.slope.error[at] * SLACK;
+    const dRawError = dScoreError * slope + (Math.abs(dScore) + dScoreError) * s.slope.error[at];
     for (let d = 0; d < s.headDim; d++) {
       const queryAt = row * s.headDim + d;
       const keyAt = (kvRow + j) * s.headDim + d;
