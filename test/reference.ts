@@ -541,7 +541,8 @@ class Accumulator {
     const error = values.map((x, at) => {
       // Before the sum or after it: it is open where a kernel multiplies by the factor.
       const largest = Math.max(1, Math.abs(factor));
-      if (this.beyond[at] || isBeyond(this.size[at] * largest)) return Infinity;
+      const size = (this.size[at] + this.error[at]) * largest;
+      if (this.beyond[at] || isBeyond(size)) return Infinity;
       const raw = this.error[at] + (sumRoundings(terms) + product) * this.size[at];
       return stored(x, Math.abs(factor) * raw + largest * this.flushed[at], storage);
     });
@@ -635,7 +636,7 @@ function gradientRow(
     const roundings = sumRoundings(s.valueDim) * Math.abs(s.output.values[at]);
     deltaError += Math.abs(gradOutput[at]) * (s.output.error[at] + roundings);
     deltaError += FLUSH * (1 + Math.abs(gradOutput[at]) + Math.abs(s.output.values[at]));
-    deltaSize += Math.abs(gradOutput[at] * s.output.values[at]);
+    deltaSize += Math.abs(gradOutput[at]) * (Math.abs(s.output.values[at]) + s.output.error[at]);
     isOverflown ||= s.output.error[at] === Infinity;
   }
   if (isOverflown || isBeyond(deltaSize) || size.some(isBeyond)) {
