@@ -1,31 +1,21 @@
 // Node-API and nothing else: JavaScript arguments -> Problem + pointers -> Status -> JavaScript.
-//
-// lib/problem.ts has checked everything a user can get wrong. The same facts are checked once more
-// here, because memory safety must not depend on JavaScript; a failure is reported as internal.
+// The arguments themselves are checked in flat_call.h.
 #include <napi.h>
 
-#include <cmath>
+#include <array>
 #include <condition_variable>
-#include <limits>
 #include <mutex>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "addon/flat_call.h"
 #include "addon/huge_pages.h"
-#include "backends.h"
 #include "core/keep_mask.h"
-#include "cpu/sequences.h"
 #include "cpu/thread_pool.h"
 
 namespace sdpa {
 namespace {
-
-constexpr size_t kFieldCount = 0
-#define SDPA_COUNT_FIELD(type, name) +1
-    SDPA_PROBLEM_FIELDS(SDPA_COUNT_FIELD)
-#undef SDPA_COUNT_FIELD
-    ;
 
 const char* error_code(StatusCode code) {
   switch (code) {
@@ -52,348 +42,61 @@ Napi::Error make_error(Napi::Env env, const Status& status) {
   throw make_error(env, {StatusCode::internal, message});
 }
 
-// ---------------------------------------------------------------------------------- the header
+// ------------------------------------------------------------------------------------- arguments
 
-template <typename T>
-constexpr double largest() {
-  return double(std::numeric_limits<T>::max());
-}
-template <>
-constexpr double largest<Layout>() {
-  return double(Layout::bshd);
-}
-template <>
-constexpr double largest<Type>() {
-  return double(Type::bfloat16);
-}
-template <>
-constexpr double largest<MaskType>() {
-  return double(MaskType::bfloat16);
-}
-template <>
-constexpr double largest<Placement>() {
-  return double(Placement::scores);
-}
-template <>
-constexpr double largest<Precision>() {
-  return double(Precision::medium);
+ArrayKind kind_of(napi_typedarray_type type) {
+  switch (type) {
+    case napi_uint8_array:
+      return ArrayKind::uint8;
+    case napi_uint16_array:
+      return ArrayKind::uint16;
+    case napi_int32_array:
+      return ArrayKind::int32;
+    case napi_float32_array:
+      return ArrayKind::float32;
+    case napi_float64_array:
+      return ArrayKind::float64;
+    default:
+      return ArrayKind::other;
+  }
 }
 
-template <typename T>
-bool read_field(double from, T& to) {
-  const double smallest = std::is_same_v<T, int32_t> ? -2147483648.0 : 0.0;
-  if (!(from >= smallest && from <= largest<T>()) || from != std::floor(from)) return false;
-  to = T(int64_t(from));
-  return true;
-}
-template <>
-bool read_field(double from, float& to) {
-  to = float(from);
-  return true;
-}
-template <>
-bool read_field(double from, double& to) {
-  to = from;
-  return true;
-}
-
-bool is_one_or(uint32_t size, uint32_t full) { return size == 1 || size == full; }
-
-/// The facts that kernels rely on for memory safety and termination.
-bool is_sound(const Problem& p) {
-  const uint32_t most = 0x7fffffff;
-  const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
-                     p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
-                     p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
-                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim && p.samples <= most &&
-                     p.query_heads % p.kv_heads == 0;
-  const bool mask =
-      p.mask_type == MaskType::none ||
-      (is_one_or(p.mask_batch, p.batch) && is_one_or(p.mask_heads, p.query_heads) &&
-       is_one_or(p.mask_queries, p.query_length) && is_one_or(p.mask_keys, p.key_length));
-  const bool keys = p.key_block_length == 0
-                        ? p.key_type == p.type
-                        : p.key_block_length % kKeyBlockUnit == 0 && p.key_block_length <= most;
-  return sizes && mask && keys && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
-         p.window_right >= -1;
-}
-
-Problem read_problem(Napi::Env env, napi_value header) {
+Array array_of(Napi::Env env, napi_value value) {
+  Array array;
   napi_typedarray_type type;
-  size_t length;
-  void* data;
-  if (napi_get_typedarray_info(env, header, &type, &length, &data, nullptr, nullptr) != napi_ok ||
-      type != napi_float64_array || length != kFieldCount) {
-    fail(env, "header: not a Float64Array of one number a field");
+  if (napi_get_typedarray_info(env, value, &type, &array.length, &array.data, nullptr, nullptr) ==
+      napi_ok) {
+    array.kind = kind_of(type);
+    return array;
   }
-  const double* next = static_cast<const double*>(data);
-  Problem p;
-#define SDPA_READ_FIELD(type, name) \
-  if (!read_field(*next++, p.name)) fail(env, "header: bad value of " #name);
-  SDPA_PROBLEM_FIELDS(SDPA_READ_FIELD)
-#undef SDPA_READ_FIELD
-  if (!is_sound(p)) fail(env, "header: inconsistent problem");
-  return p;
+  napi_valuetype kind;
+  napi_typeof(env, value, &kind);
+  if (kind != napi_null) array.kind = ArrayKind::other;
+  return array;
 }
 
-// ---------------------------------------------------------------------------------- the arrays
+/// Arguments of a call: header, index of the backend, arrays.
+constexpr size_t kCallArguments = 2 + kArrayCount;
 
-/// Reads the typed arrays of a call in order, checking kind and length.
-class ArrayReader {
- public:
-  ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
-
-  Napi::Env env() const { return env_; }
-
-  /// How many times `of` the length of the next array is; 0 where that is no whole number.
-  uint64_t peek_count(uint64_t of) const {
-    size_t length = 0;
-    const napi_status status =
-        napi_get_typedarray_info(env_, *next_, nullptr, &length, nullptr, nullptr, nullptr);
-    return status == napi_ok && of != 0 && length % of == 0 ? length / of : 0;
-  }
-
-  /// The elements of a tensor [a, b, c, d]; null where the argument is null and may be.
-  void* tensor(napi_typedarray_type type, bool optional, uint64_t a, uint64_t b = 1, uint64_t c = 1,
-               uint64_t d = 1) {
-    const napi_value value = *next_++;
-    if (optional && is_null(value)) return nullptr;
-    napi_typedarray_type actual;
-    size_t length;
-    void* data;
-    if (napi_get_typedarray_info(env_, value, &actual, &length, &data, nullptr, nullptr) !=
-            napi_ok ||
-        actual != type || !is_product(length, a, b, c, d)) {
-      fail(env_, "a tensor does not have the kind or length that the header states");
-    }
-    return data;
-  }
-
- private:
-  bool is_null(napi_value value) {
-    napi_valuetype kind;
-    napi_typeof(env_, value, &kind);
-    return kind == napi_null;
-  }
-
-  /// Whether length == a * b * c * d, by division: the product may overflow.
-  static bool is_product(uint64_t length, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-    for (const uint64_t factor : {a, b, c}) {
-      if (factor == 0 || length % factor != 0) return false;
-      length /= factor;
-    }
-    return length == d;
-  }
-
-  Napi::Env env_;
-  const napi_value* next_;
-};
-
-napi_typedarray_type array_type(Type type) {
-  return type == Type::float32 ? napi_float32_array : napi_uint16_array;
+FlatCall flat_call(Napi::Env env, const napi_value* values, bool is_backward) {
+  uint32_t backend;
+  if (napi_get_value_uint32(env, values[1], &backend) != napi_ok) backend = uint32_t(kBackendCount);
+  std::array<Array, kArrayCount> arrays;
+  for (size_t i = 0; i < kArrayCount; ++i) arrays[i] = array_of(env, values[2 + i]);
+  return FlatCall(array_of(env, values[0]), backend, arrays.data(), is_backward);
 }
 
-napi_typedarray_type array_type(MaskType type) {
-  return type == MaskType::boolean   ? napi_uint8_array
-         : type == MaskType::float32 ? napi_float32_array
-                                     : napi_uint16_array;
+/// What `work` gives; what it throws, as an error of JavaScript.
+template <typename Work>
+auto with_errors(Napi::Env env, const Work& work) {
+  try {
+    return work();
+  } catch (const Status& status) {
+    throw make_error(env, status);
+  } catch (const std::bad_alloc&) {
+    throw make_error(env, {StatusCode::out_of_memory, "no memory for the call"});
+  }
 }
-
-/// Batch and length of a tensor with a row for each query or key; a packed batch is all length.
-struct Extent {
-  uint64_t batch, length;
-};
-
-/// A call with all that it points to. Per-batch integers are copied, since kernels use them as
-/// bounds and shared memory may change under us.
-struct CallArguments {
-  Problem problem;
-  const Backend* backend;
-  Inputs inputs{};
-  ForwardOutputs outputs{};
-  BackwardTensors tensors{};
-  bool is_backward;
-  Sequences sequences;
-  uint64_t block_count = 0;  // of a cache
-  std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
-
-  CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
-      : problem(read_problem(env, values[0])), is_backward(is_backward) {
-    uint32_t index;
-    if (napi_get_value_uint32(env, values[1], &index) != napi_ok || index >= kBackendCount) {
-      fail(env, "backend: not an index into the list");
-    }
-    backend = kBackends[index];
-    if (const char* reason = backend->unavailable_reason()) {
-      throw make_error(env, {StatusCode::unavailable, reason});
-    }
-    ArrayReader reader(env, values + 2);
-    read_sequences(env, reader);
-    if (problem.samples > 0 && (is_backward || sequences.any())) {
-      fail(env, "header: samples are of an ordinary forward call");
-    }
-    read_inputs(env, reader);
-    if (is_backward) {
-      read_backward(reader);
-    } else {
-      read_forward(env, reader);
-    }
-  }
-
-  CallArguments(const CallArguments&) = delete;
-
-  Status run(const CancelToken& cancel) const {
-    if (sequences.any()) {
-      return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
-                         : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
-    }
-    return is_backward ? backend->backward(problem, inputs, tensors, cancel)
-                       : backend->forward(problem, inputs, outputs, cancel);
-  }
-
- private:
-  Extent queries() const {
-    if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
-    return {problem.batch, problem.query_length};
-  }
-  /// In a cache, a block is an entry of its own.
-  Extent keys() const {
-    if (!key_blocks.empty()) return {block_count, problem.key_block_length};
-    if (!key_starts.empty()) return {1, uint64_t(key_starts.back())};
-    return {problem.batch, problem.key_length};
-  }
-
-  /// The entries of a packed batch, or of a cache.
-  void read_sequences(Napi::Env env, ArrayReader& reader) {
-    const size_t totals = size_t{problem.batch} + 1;
-    sequences.query_starts = copy_integers(reader, totals, query_starts);
-    sequences.key_starts = copy_integers(reader, totals, key_starts);
-    sequences.table_width = reader.peek_count(problem.batch);
-    sequences.key_blocks = copy_integers(reader, problem.batch * sequences.table_width, key_blocks);
-    const bool is_packed = !query_starts.empty(), is_cache = !key_blocks.empty();
-    if (is_packed == key_starts.empty()) fail(env, "starts: one without the other");
-    if (is_cache != (problem.key_block_length > 0) || (is_cache && (is_packed || is_backward))) {
-      fail(env, "keyBlocks: not those of a cache");
-    }
-    if (!sequences.any()) return;
-    if (problem.mask_type != MaskType::none) fail(env, "sequences have no mask");
-    if (!is_packed) return;
-    if (!are_totals(query_starts, problem.query_length) ||
-        !are_totals(key_starts, problem.key_length)) {
-      fail(env, "starts: not the running totals of the stated lengths");
-    }
-    if (problem.layout != Layout::bshd) fail(env, "a packed batch is in the layout bshd");
-  }
-
-  /// Every key that an entry has must be in a block that there is.
-  void check_blocks(Napi::Env env) const {
-    if (key_blocks.empty()) return;
-    if (kv_lengths.empty()) fail(env, "kvLengths: a cache has them");
-    for (const int32_t block : key_blocks) {
-      if (block < 0 || uint64_t(block) >= block_count) fail(env, "keyBlocks: out of range");
-    }
-    const uint64_t most = sequences.table_width * uint64_t{problem.key_block_length};
-    for (const int32_t length : kv_lengths) {
-      if (uint64_t(length) > most) fail(env, "keyBlocks: too few");
-    }
-  }
-
-  static bool are_totals(const std::vector<int32_t>& starts, uint32_t most) {
-    if (starts[0] != 0) return false;
-    for (size_t b = 1; b < starts.size(); ++b) {
-      if (starts[b] < starts[b - 1] || uint32_t(starts[b] - starts[b - 1]) > most) return false;
-    }
-    return true;
-  }
-
-  void read_inputs(Napi::Env env, ArrayReader& reader) {
-    const Problem& p = problem;
-    const napi_typedarray_type type = array_type(p.type);
-    const napi_typedarray_type key_type = array_type(p.key_type);
-    const Extent q = queries();
-    inputs.query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
-    if (!key_blocks.empty()) {
-      block_count = reader.peek_count(uint64_t{p.kv_heads} * p.key_block_length * p.head_dim);
-    }
-    const Extent k = keys();
-    inputs.key = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.head_dim);
-    inputs.value = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.value_dim);
-    inputs.mask = reader.tensor(array_type(p.mask_type), p.mask_type == MaskType::none,
-                                p.mask_batch, p.mask_heads, p.mask_queries, p.mask_keys);
-    const bool context = p.dropout_placement == Placement::context;
-    inputs.keep_mask =
-        static_cast<uint8_t*>(reader.tensor(napi_uint8_array, true, p.batch, p.query_heads,
-                                            p.query_length, context ? p.value_dim : p.key_length));
-    if (sequences.any() && inputs.keep_mask) fail(env, "keepMask: none for sequences");
-    inputs.causal_offsets = copy_integers(reader, p.batch, causal_offsets);
-    inputs.kv_lengths = copy_integers(reader, p.batch, kv_lengths);
-    for (size_t b = 0; b < kv_lengths.size(); ++b) {
-      const int32_t most =
-          key_starts.empty() ? int32_t(p.key_length) : key_starts[b + 1] - key_starts[b];
-      if (kv_lengths[b] < 0 || kv_lengths[b] > most) fail(env, "kvLengths: out of range");
-    }
-    check_blocks(env);
-  }
-
-  const int32_t* copy_integers(ArrayReader& reader, size_t count, std::vector<int32_t>& to) {
-    const auto* const from =
-        static_cast<const int32_t*>(reader.tensor(napi_int32_array, true, count));
-    if (!from) return nullptr;
-    to.assign(from, from + count);
-    return to.data();
-  }
-
-  void read_forward(Napi::Env env, ArrayReader& reader) {
-    const Problem& p = problem;
-    const bool has_samples = p.samples > 0;
-    const bool shares_lse = p.dropout_placement != Placement::scores;
-    const auto floats = [&](uint32_t width) {
-      return static_cast<float*>(
-          reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length, width));
-    };
-    const Extent q = queries();
-    outputs.output =
-        reader.tensor(array_type(p.type), has_samples, q.batch * (has_samples ? p.samples : 1),
-                      p.query_heads, q.length, p.value_dim);
-    outputs.lse = static_cast<float*>(reader.tensor(
-        napi_float32_array, true, q.batch * (has_samples && !shares_lse ? p.samples : 1),
-        p.query_heads, q.length));
-    outputs.scores = floats(p.key_length);
-    outputs.weights = floats(p.key_length);
-    outputs.dropped_weights = floats(p.key_length);
-    outputs.mean = floats(p.value_dim);
-    outputs.variance = floats(p.value_dim);
-    const bool has_matrix = outputs.scores || outputs.weights || outputs.dropped_weights;
-    const bool has_moments = outputs.mean && outputs.variance;
-    if ((outputs.mean || outputs.variance) != has_moments ||
-        (outputs.output != nullptr) == has_moments || (has_moments && !has_samples) ||
-        (has_matrix && (has_samples || sequences.any()))) {
-      fail(env, "outputs that do not go together");
-    }
-  }
-
-  void read_backward(ArrayReader& reader) {
-    const Problem& p = problem;
-    const napi_typedarray_type type = array_type(p.type);
-    const Extent q = queries(), k = keys();
-    const auto like_output = [&] {
-      return reader.tensor(type, false, q.batch, p.query_heads, q.length, p.value_dim);
-    };
-    tensors.output = like_output();
-    tensors.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, false, q.batch, p.query_heads, q.length));
-    tensors.grad_output = like_output();
-    tensors.grad_query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
-    tensors.grad_key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
-    tensors.grad_value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);
-    const bool has_bias = p.mask_type != MaskType::none && p.mask_type != MaskType::boolean;
-    tensors.grad_mask = has_bias ? reader.tensor(array_type(p.mask_type), true, p.mask_batch,
-                                                 p.mask_heads, p.mask_queries, p.mask_keys)
-                                 : nullptr;
-  }
-};
-
-constexpr size_t kForwardArguments = 19, kBackwardArguments = 19;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 
@@ -402,7 +105,7 @@ class Environment;
 /// One asynchronous call, from its start on the JavaScript thread to its promise's end there.
 struct AsyncCall final : Job {
   Environment& environment;
-  CallArguments arguments;
+  FlatCall arguments;
   CancelToken cancel;
   Status status;
   Napi::Promise::Deferred deferred;
@@ -411,7 +114,7 @@ struct AsyncCall final : Job {
   AsyncCall(Environment& environment, Napi::Env env, const napi_value* values, bool is_backward,
             const std::atomic<int32_t>* external)
       : environment(environment),
-        arguments(env, values, is_backward),
+        arguments(flat_call(env, values, is_backward)),
         cancel(external),
         deferred(Napi::Promise::Deferred::New(env)) {}
   void compute();
@@ -554,47 +257,45 @@ void take_arguments(const Napi::CallbackInfo& info, size_t count, napi_value* va
 
 template <bool IsBackward>
 Napi::Value run_sync(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments];
-  take_arguments(info, IsBackward ? kBackwardArguments : kForwardArguments, values);
-  try {
-    const CallArguments arguments(info.Env(), values, IsBackward);
-    const Status status = arguments.run(CancelToken());
-    if (!status.ok()) throw make_error(info.Env(), status);
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
+  napi_value values[kCallArguments];
+  take_arguments(info, kCallArguments, values);
+  with_errors(info.Env(), [&] {
+    const Status status = flat_call(info.Env(), values, IsBackward).run(CancelToken());
+    if (!status.ok()) throw status;
+  });
   return info.Env().Undefined();
 }
 
 template <bool IsBackward>
 Napi::Value run_async(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments + 1];
-  const size_t count = 1 + (IsBackward ? kBackwardArguments : kForwardArguments);
-  take_arguments(info, count, values);
+  napi_value values[1 + kCallArguments];
+  take_arguments(info, 1 + kCallArguments, values);
   Environment& environment = *info.Env().GetInstanceData<Environment>();
-  try {
+  return with_errors(info.Env(), [&] {
+    const Array flag = array_of(info.Env(), values[0]);
     const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
-        ArrayReader(info.Env(), values).tensor(napi_int32_array, true, 1));
+        ArrayReader(&flag).tensor(ArrayKind::int32, true, 1));
     auto call =
         std::make_unique<AsyncCall>(environment, info.Env(), values + 1, IsBackward, cancel);
-    const Napi::Array arrays = Napi::Array::New(info.Env(), count);
-    for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+    const Napi::Array arrays = Napi::Array::New(info.Env(), std::size(values));
+    for (uint32_t i = 0; i < std::size(values); ++i) arrays.Set(i, values[i]);
     call->arrays = Napi::Persistent<Napi::Object>(arrays);
     return environment.start(info.Env(), call.release());
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
+  });
 }
 
 void dropout_mask(const Napi::CallbackInfo& info) {
   napi_value values[2];
   take_arguments(info, 2, values);
-  const Problem p = read_problem(info.Env(), values[0]);
-  const bool context = p.dropout_placement == Placement::context;
-  void* const keep = ArrayReader(info.Env(), values + 1)
-                         .tensor(napi_uint8_array, false, p.batch, p.query_heads, p.query_length,
-                                 context ? p.value_dim : p.key_length);
-  fill_keep_mask(p, static_cast<uint8_t*>(keep));
+  with_errors(info.Env(), [&] {
+    const Problem p = read_problem(array_of(info.Env(), values[0]));
+    const bool context = p.dropout_placement == Placement::context;
+    const Array mask = array_of(info.Env(), values[1]);
+    void* const keep =
+        ArrayReader(&mask).tensor(ArrayKind::uint8, false, p.batch, p.query_heads, p.query_length,
+                                  context ? p.value_dim : p.key_length);
+    fill_keep_mask(p, static_cast<uint8_t*>(keep));
+  });
 }
 
 void set_num_threads(const Napi::CallbackInfo& info) {

@@ -225,7 +225,8 @@ struct DifferentiateWork {
                                                            Floats& grad) const {
     const int i = key * kQueryBlock + v * kLanes;
     const Floats zero = broadcast(0.0f);
-    const Floats w = exponential2<Terms>(less_lse(load(scores + i), load(lse + v * kLanes)));
+    const Floats power = at_most_zero(less_lse(load(scores + i), load(lse + v * kLanes)));
+    const Floats w = exponential2<Terms>(power);
     Floats g = load(grads + i);
     weight = w;
     if (keep) {

@@ -300,6 +300,7 @@ struct RunningRows {
   static size_t floats(const Problem& p, uint32_t contexts) {
     return (2 + (folds(p) ? 2 : 1) * rows(p, contexts)) * kQueryBlock;
   }
+  RunningRows() : minus_max(nullptr), sums(nullptr), context(nullptr) {}
   explicit RunningRows(float* data)
       : minus_max(data), sums(data + kQueryBlock), context(data + 2 * kQueryBlock) {}
 };
@@ -313,7 +314,7 @@ struct AmxBlock {
   bool is_last;                // whether no later run of tiles has a key for it
   Mask unset[2];               // lanes that have seen no key yet: they have no maximum
   uint8_t* queries;            // operand B
-  RunningRows sum{nullptr};
+  RunningRows sum;
   WeightDropout dropout;  // set up where weights drop
 };
 

@@ -540,6 +540,13 @@ inline void drop_scores(const Call& call, const QueryBlock& q, KeyTile tile, flo
   }
 }
 
+/// A score less its row's lse. Only rounding takes it above 0, but that of scores of 1e9 by far:
+/// no weight may come out as more than 1. NaN stays.
+inline Floats at_most_zero(Floats x) {
+  const Floats zero = broadcast(0.0f);
+  return select(less(zero, x), zero, x);
+}
+
 /// exp(score - lse) for a tile: the softmax weights. An excluded key has weight 0, also in a row
 /// whose lse is -infinity or NaN.
 inline void weights_from_lse(const QueryBlock& q, KeyTile tile, const float* lse,
@@ -549,7 +556,7 @@ inline void weights_from_lse(const QueryBlock& q, KeyTile tile, const float* lse
     const Floats shift = select(equal(l, excluded), broadcast(0.0f), l);
     for (int k = 0; k < tile.count; ++k) {
       const int i = k * kQueryBlock + v * kLanes;
-      const Floats score = load(scores + i), weight = exponential(sub(score, shift));
+      const Floats score = load(scores + i), weight = exponential(at_most_zero(sub(score, shift)));
       store(weights + i, select(equal(score, excluded), broadcast(0.0f), weight));
     }
   }
