@@ -15,6 +15,7 @@
 #include "addon/huge_pages.h"
 #include "backends.h"
 #include "core/keep_mask.h"
+#include "core/queue.h"
 #include "cpu/thread_pool.h"
 
 namespace sdpa {
@@ -300,6 +301,7 @@ struct AsyncCall final : Job {
   Status status;
   Napi::Promise::Deferred deferred;
   Napi::ObjectReference arrays;  // keeps the typed arrays alive
+  AsyncCall* next = nullptr;     // the environment's
 
   AsyncCall(Environment& environment, Napi::Env env, const napi_value* values, bool is_backward,
             const std::atomic<int32_t>* external)
@@ -343,7 +345,7 @@ class Environment {
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      running_.push_back(call);
+      running_.push(call);
     }
     const Status status = ThreadPool::shared().submit(call);
     if (status.ok()) {
@@ -352,7 +354,7 @@ class Environment {
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      forget(call);
+      running_.remove(call);
     }
     call->status = status;
     settle(env, call);
@@ -362,22 +364,15 @@ class Environment {
   /// Called by a pool thread.
   void finish(AsyncCall* call) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    forget(call);
-    finished_.push_back(call);
-    if (!closing_ && finished_.size() == 1) finished_signal_.NonBlockingCall();
+    const bool is_first = finished_.empty();
+    running_.remove(call);
+    finished_.push(call);
+    if (!closing_ && is_first) finished_signal_.NonBlockingCall();
     none_running_.notify_all();
   }
 
  private:
   using Signal = Napi::TypedThreadSafeFunction<Environment, void, drain>;
-
-  void forget(AsyncCall* call) {
-    for (AsyncCall*& running : running_) {
-      if (running != call) continue;
-      running = running_.back();
-      return running_.pop_back();
-    }
-  }
 
   static void settle(Napi::Env env, AsyncCall* call) {
     if (call->status.ok()) {
@@ -389,36 +384,43 @@ class Environment {
   }
 
   void settle_finished(Napi::Env env) {
-    std::vector<AsyncCall*> finished;
+    AsyncCall* next;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      finished.swap(finished_);
+      next = finished_.take_all();
     }
     const Napi::HandleScope scope(env);
-    for (AsyncCall* const call : finished) settle(env, call);
-    pending_ -= finished.size();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      settle(env, call);
+      --pending_;
+    }
     if (pending_ == 0) finished_signal_.Unref(env);
   }
 
   void close() {
     std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
-    const std::vector<AsyncCall*> running = running_;
-    for (AsyncCall* const call : running) {
+    AsyncCall* next = running_.first();
+    while (AsyncCall* const call = next) {
+      next = call->next;
       call->cancel.cancel();
       if (!ThreadPool::shared().withdraw(call)) continue;
-      forget(call);
-      finished_.push_back(call);
+      running_.remove(call);
+      finished_.push(call);
     }
     none_running_.wait(lock, [this] { return running_.empty(); });
-    for (AsyncCall* const call : finished_) delete call;
-    finished_.clear();
+    next = finished_.take_all();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      delete call;
+    }
   }
 
   Signal finished_signal_;
   std::mutex mutex_;
   std::condition_variable none_running_;
-  std::vector<AsyncCall*> running_, finished_;
+  Queue<AsyncCall, &AsyncCall::next> running_, finished_;
   size_t pending_ = 0;  // promises that are not settled; JavaScript thread only
   bool closing_ = false;
 };
