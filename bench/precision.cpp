@@ -275,7 +275,7 @@ Problem problem_of(size_t length, Type type, Precision precision) {
   p.batch = p.query_heads = p.kv_heads = 1;
   p.query_length = p.key_length = uint32_t(length);
   p.head_dim = p.value_dim = uint32_t(kWidth);
-  p.type = type;
+  p.type = p.key_type = type;
   p.mask_batch = p.mask_heads = p.mask_queries = p.mask_keys = 1;
   p.window_left = p.window_right = -1;
   p.scale = 1 / std::sqrt(float(kWidth));
@@ -298,7 +298,8 @@ void measure_head(size_t length, Type type, double spread, std::mt19937_64& gene
         grad_value(type, count);
     std::vector<float> lse(length);
     const Problem p = problem_of(length, type, subject.precision);
-    const Inputs inputs{query.data(), key.data(), value.data(), nullptr, nullptr, nullptr, nullptr};
+    const Inputs inputs{query.data(), key.data(), value.data(), nullptr,
+                        nullptr,      nullptr,    nullptr,      nullptr};
     const CancelToken cancel;
     Status status = subject.backend->forward(
         p, inputs, {output.data(), lse.data(), nullptr, nullptr, nullptr}, cancel);

@@ -49,18 +49,22 @@ export function checkPlainObject(argument: string, value: unknown): asserts valu
 }
 
 /** Rejects names that are not among the known ones, with a suggestion for a misspelled one. */
-export function checkOptionNames(options: object, known: ReadonlySet<string>): void {
+export function checkOptionNames(
+  options: object,
+  known: ReadonlySet<string>,
+  argument = 'options',
+): void {
   for (const name in options) {
-    if (!known.has(name)) throw unknownOption(name, known);
+    if (!known.has(name)) throw unknownOption(argument, name, known);
   }
 }
 
-function unknownOption(name: string, known: ReadonlySet<string>): Error {
+function unknownOption(argument: string, name: string, known: ReadonlySet<string>): Error {
   const suggestion = closestName(name, known);
   return typeError(
     suggestion === undefined
-      ? `options: unknown option "${name}"; the options are ${[...known].join(', ')}`
-      : `options: unknown option "${name}"; did you mean "${suggestion}"?`,
+      ? `${argument}: unknown option "${name}"; the options are ${[...known].join(', ')}`
+      : `${argument}: unknown option "${name}"; did you mean "${suggestion}"?`,
   );
 }
 

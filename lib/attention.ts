@@ -115,9 +115,15 @@ export interface BackwardOptions {
  * ```
  */
 export interface AttentionResult {
-  /** [B, Hq, Lq, Dv], or [B, Lq, Hq, Dv] in layout `'bshd'`; the query's type */
+  /**
+   * [B, Hq, Lq, Dv], in layout `'bshd'` [B, Lq, Hq, Dv], of a packed batch [totalQ, Hq, Dv]; the
+   * query's type
+   */
   readonly output: Tensor;
-  /** [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys */
+  /**
+   * [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys. Of a packed
+   * batch [Hq, totalQ], as flash-attention has it
+   */
   readonly lse: Tensor;
   /** What decided on dropout; null where no random number was drawn */
   readonly rngState: RngState | null;
@@ -155,7 +161,8 @@ export interface AttentionResult {
  * PyTorch's `scaled_dot_product_attention`, by the blocked online softmax of FlashAttention-2
  * (arXiv 2307.08691).
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -191,12 +198,30 @@ export async function scaledDotProductAttention(
   return outputTensor(call, await forward(withStableInputs(call), false));
 }
 
+/** Output and lse of a resolved call, beside the event loop. */
+export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, await forward(withStableInputs(call), true));
+}
+
+/** As {@link runForward}, on the calling thread. */
+export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
+  throwIfAborted(call.signal);
+  return outputAndLse(call, forwardSync(call, true));
+}
+
+function outputAndLse(call: Call, outputs: ForwardOutputs) {
+  const lse = adoptTensor(FLOAT32, outputs.lse as Float32Array, [...call.lseDims]);
+  return { output: outputTensor(call, outputs), lse };
+}
+
 /**
  * As {@link scaledDotProductAttention}, on the calling thread (and helpers where that pays): the
  * event loop waits. For small problems, scripts and workers. `signal` is looked at only at the
  * start.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -234,7 +259,8 @@ export function scaledDotProductAttentionSync(
  * The backward pass recomputes the weights from lse (FlashAttention-2, arXiv 2307.08691); its
  * memory too grows with the lengths, never with their product.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -269,7 +295,8 @@ export async function attentionForward(
 /**
  * As {@link attentionForward}, on the calling thread; throws where that rejects.
  *
- * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512
+ * @param query - [B, Hq, Lq, D]; in layout `'bshd'` [B, Lq, Hq, D]; D up to 512. With `cuSeqlens`
+ *   [totalQ, Hq, D], and so the others
  * @param key - [B, Hkv, Lk, D]; in layout `'bshd'` [B, Lk, Hkv, D]; the query's type
  * @param value - [B, Hkv, Lk, Dv]; in layout `'bshd'` [B, Lk, Hkv, Dv]; the query's type, Dv up
  *   to 512
@@ -310,6 +337,8 @@ function inputsOf(call: Call): Inputs {
     keepMask: call.keepMask === null ? null : (call.keepMask.data as Uint8Array),
     causalOffsets: call.causalOffsets,
     kvLengths: call.kvLengths,
+    sequences: call.sequences,
+    keyBlocks: call.keyBlocks,
   };
 }
 
@@ -333,7 +362,7 @@ function stable(view: TensorView): TensorView {
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
   const { problem, outputs, outputDims } = call;
-  const rows = problem.batch * problem.queryHeads * problem.queryLength;
+  const rows = elementCount('lse', call.lseDims);
   const square = rows * problem.keyLength;
   return {
     output: output ?? allocateFloats(problem.type, elementCount('output', outputDims)),
@@ -414,7 +443,7 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   };
   return {
     output: outputTensor(call, outputs),
-    lse: adoptTensor(FLOAT32, lse, shape.slice(0, 3)),
+    lse: adoptTensor(FLOAT32, lse, [...call.lseDims]),
     rngState: rngStateOf(call),
     backend: backend.name,
     scores: square(outputs.scores),

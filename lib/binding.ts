@@ -20,8 +20,11 @@ import { PACKAGE_VERSION } from './version';
 /** An array that a native call reads or writes; null where the call has none. */
 type ArrayOrNull = Float32Array | Uint16Array | Uint8Array | Int32Array | null;
 
-/** query, key, value, mask, keepMask, causalOffsets, kvLengths; then what is written. */
+/** What a call reads, from queryStarts to kvLengths; then what is written. */
 type ForwardArrays = [
+  queryStarts: ArrayOrNull,
+  keyStarts: ArrayOrNull,
+  keyBlocks: ArrayOrNull,
   query: ArrayOrNull,
   key: ArrayOrNull,
   value: ArrayOrNull,
@@ -38,6 +41,9 @@ type ForwardArrays = [
 
 /** As for forward up to kvLengths; then output, lse and gradOutput; then what is written. */
 type BackwardArrays = [
+  queryStarts: ArrayOrNull,
+  keyStarts: ArrayOrNull,
+  keyBlocks: ArrayOrNull,
   query: ArrayOrNull,
   key: ArrayOrNull,
   value: ArrayOrNull,

@@ -9,7 +9,7 @@
  * | `ERR_SDPA_INVALID_ARG_TYPE` | TypeError | an argument of the wrong kind, or an unknown option |
  * | `ERR_SDPA_INVALID_ARG_VALUE` | RangeError | the right kind, a value that is not allowed |
  * | `ERR_SDPA_SHAPE_MISMATCH` | RangeError | shapes that do not fit each other or their data |
- * | `ERR_SDPA_UNSUPPORTED` | RangeError | a size beyond what the kernels compute |
+ * | `ERR_SDPA_UNSUPPORTED` | RangeError | a size or a combination that is not computed |
  * | `ERR_SDPA_BACKEND_UNAVAILABLE` | Error | the named backend cannot run here |
  * | `ERR_SDPA_LOAD_FAILED` | Error | the native binary is missing or does not load |
  * | `ERR_SDPA_QUEUE_FULL` | Error | too many asynchronous calls wait already |
@@ -97,7 +97,7 @@ export function shapeMismatch(argument: string, expected: string, got: string): 
   return withCode(new RangeError(message), 'ERR_SDPA_SHAPE_MISMATCH');
 }
 
-/** A size beyond what the kernels compute: RangeError `ERR_SDPA_UNSUPPORTED`. */
+/** A size or a combination that is not computed: RangeError `ERR_SDPA_UNSUPPORTED`. */
 export function unsupported(argument: string, expected: string, got: string): SdpaError {
   const message = `${argument}: expected ${expected}, got ${got}`;
   return withCode(new RangeError(message), 'ERR_SDPA_UNSUPPORTED');

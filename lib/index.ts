@@ -15,9 +15,20 @@ export type { SdpaError, SdpaErrorCode } from './errors';
 export type { GeneratorOptions, GeneratorState } from './generator';
 export { Generator, manualSeed } from './generator';
 export type {
+  AppendOptions,
+  AttendOptions,
+  KVCacheOptions,
+  KVCachePoolOptions,
+  TruncateOptions,
+} from './kv-cache';
+export { KVCache, KVCachePool } from './kv-cache';
+export type { AttentionPart, MergedAttention, MergeOptions } from './merge-attention';
+export { mergeAttention } from './merge-attention';
+export type {
   AttentionOptions,
   AttentionOutputName,
   BackendName,
+  CuSeqlens,
   DropoutBroadcastAxis,
   DropoutPlacement,
   Layout,

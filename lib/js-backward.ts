@@ -10,12 +10,15 @@ import {
   scratchMatrix,
   transposed,
 } from './js-math';
+import { backwardSequences } from './js-sequences';
 import { StoredTensor, writeRow } from './js-storage';
 import { CONTEXT, FLOAT_MASK, KEY_BLOCK, QUERY_BLOCK, SCORES, ScoreTile, WEIGHTS } from './js-tile';
 import type { BackwardTensors, FloatArray, Inputs, Problem } from './problem';
 
 /** The tasks of a backward call; see js-backend.ts. */
 export function jsBackward(problem: Problem, inputs: Inputs, tensors: BackwardTensors): TaskList {
+  const { sequences } = inputs;
+  if (sequences) return backwardSequences(problem, inputs, sequences, tensors, jsBackward);
   const isScores = problem.dropoutPlacement === SCORES;
   if (problem.dropoutP === 1 && !(isScores && inputs.keepMask)) {
     return { count: 1, run: () => clearGradients(tensors) };

@@ -9,12 +9,15 @@ import {
   multiplyAddWeighted,
   scratchMatrix,
 } from './js-math';
+import { forwardSequences } from './js-sequences';
 import { StoredTensor } from './js-storage';
 import { CONTEXT, KEY_BLOCK, QUERY_BLOCK, SCORES, ScoreTile, WEIGHTS } from './js-tile';
 import type { ForwardOutputs, Inputs, Problem } from './problem';
 
 /** The tasks of a forward call; see js-backend.ts. */
 export function jsForward(problem: Problem, inputs: Inputs, outputs: ForwardOutputs): TaskList {
+  const { sequences } = inputs;
+  if (sequences) return forwardSequences(problem, inputs, sequences, outputs, jsForward);
   const pass = new ForwardPass(problem, inputs, outputs);
   return { count: pass.count, run: (task) => pass.run(task) };
 }
@@ -44,7 +47,7 @@ class ForwardPass {
   ) {
     const p = problem;
     this.tile = new ScoreTile(p, inputs, false);
-    this.storedValue = StoredTensor.ofKeys(p, inputs.value, p.valueDim);
+    this.storedValue = StoredTensor.ofKeys(p, inputs.value, p.valueDim, inputs.keyBlocks);
     this.storedOutput = StoredTensor.ofQueries(p, outputs.output, p.valueDim);
     this.value = scratchMatrix(KEY_BLOCK, p.valueDim);
     this.context = scratchMatrix(QUERY_BLOCK, p.valueDim);

@@ -9,22 +9,30 @@ const HALF = 1;
 const BFLOAT16 = 2;
 const LENGTH_BEFORE_HEADS = 1;
 
-/** A stored tensor: [batch, heads, length, width] or, layout 1, [batch, length, heads, width]. */
+/**
+ * A stored tensor: [batch, heads, length, width] or, layout 1, [batch, length, heads, width]; or, of
+ * a cache, [blocks, heads, keyBlockLength, width] and the blocks [batch, n] of each batch entry.
+ */
 export class StoredTensor {
-  private readonly type: number;
   private readonly batchStep: number;
   private readonly headStep: number;
   private readonly rowStep: number;
+  /** Rows in a block, and blocks of a batch entry */
+  private readonly blockLength: number;
+  private readonly tableWidth: number;
 
   private constructor(
     problem: Problem,
     private readonly data: FloatArray,
+    private readonly type: number,
     heads: number,
     length: number,
     private readonly width: number,
+    private readonly blocks: Int32Array | null,
   ) {
-    const headsInside = problem.layout === LENGTH_BEFORE_HEADS;
-    this.type = problem.type;
+    const headsInside = blocks === null && problem.layout === LENGTH_BEFORE_HEADS;
+    this.blockLength = length;
+    this.tableWidth = blocks === null ? 0 : blocks.length / problem.batch;
     this.batchStep = heads * length * width;
     this.headStep = headsInside ? width : length * width;
     this.rowStep = headsInside ? heads * width : width;
@@ -32,12 +40,20 @@ export class StoredTensor {
 
   /** One with a row for each query: query, output and their gradients. */
   static ofQueries(problem: Problem, data: FloatArray, width: number): StoredTensor {
-    return new StoredTensor(problem, data, problem.queryHeads, problem.queryLength, width);
+    const { type, queryHeads, queryLength } = problem;
+    return new StoredTensor(problem, data, type, queryHeads, queryLength, width, null);
   }
 
-  /** One with a row for each key: key, value and their gradients. */
-  static ofKeys(problem: Problem, data: FloatArray, width: number): StoredTensor {
-    return new StoredTensor(problem, data, problem.kvHeads, problem.keyLength, width);
+  /** One with a row for each key: key, value and their gradients; in blocks if those are given. */
+  static ofKeys(
+    problem: Problem,
+    data: FloatArray,
+    width: number,
+    blocks: Int32Array | null = null,
+  ): StoredTensor {
+    const { keyType, kvHeads, keyLength, keyBlockLength } = problem;
+    const length = blocks === null ? keyLength : keyBlockLength;
+    return new StoredTensor(problem, data, keyType, kvHeads, length, width, blocks);
   }
 
   /** Reads rows into scratch, as its rows; says whether every element is finite. */
@@ -141,6 +157,11 @@ export class StoredTensor {
   }
 
   private rowStart(batch: number, head: number, row: number): number {
+    if (this.blocks !== null) {
+      const block = this.blocks[batch * this.tableWidth + Math.floor(row / this.blockLength)];
+      const inBlock = row % this.blockLength;
+      return block * this.batchStep + head * this.headStep + inBlock * this.rowStep;
+    }
     return batch * this.batchStep + head * this.headStep + row * this.rowStep;
   }
 }

@@ -45,6 +45,8 @@ export class ScoreTile {
   /** Keys outside these bounds are seen by no row of the block. */
   firstKey = 0;
   endKey = 0;
+  /** Keys of the batch entry that are stored. */
+  private keyLength = 0;
   /** The tile's keys: keyStart to keyStart + keys. */
   keyStart = 0;
   keys = 0;
@@ -76,7 +78,7 @@ export class ScoreTile {
   ) {
     const p = problem;
     this.storedQuery = StoredTensor.ofQueries(p, inputs.query, p.headDim);
-    this.storedKey = StoredTensor.ofKeys(p, inputs.key, p.headDim);
+    this.storedKey = StoredTensor.ofKeys(p, inputs.key, p.headDim, inputs.keyBlocks);
     this.query = scratchMatrix(QUERY_BLOCK, p.headDim);
     this.keyTransposed = scratchMatrix(p.headDim, KEY_BLOCK + 4); // rows apart in the cache
     this.keyRows = transposed(this.keyTransposed);
@@ -108,6 +110,8 @@ export class ScoreTile {
     const offsets = this.inputs.causalOffsets;
     const offset = offsets ? offsets[batch] : p.causalOffset;
     const length = this.inputs.kvLengths ? this.inputs.kvLengths[batch] : p.keyLength;
+    // A cache has no rows at all from there on.
+    this.keyLength = this.inputs.keyBlocks === null ? p.keyLength : length;
     for (let i = 0; i < this.rows; i++) {
       // The key in line with the row, counted from this call's first key.
       const diagonal = queryStart + i + p.queryOffset + offset - p.keyOffset;
@@ -138,7 +142,7 @@ export class ScoreTile {
   private computeScores(keyStart: number): boolean {
     const p = this.problem;
     this.keyStart = keyStart;
-    this.keys = Math.min(KEY_BLOCK, p.keyLength - keyStart);
+    this.keys = Math.min(KEY_BLOCK, this.keyLength - keyStart);
     this.rowBegin = 0;
     while (this.rowBegin < this.rows && this.rowEndKey[this.rowBegin] <= keyStart) this.rowBegin++;
     this.rowEnd = this.rows;

@@ -14,8 +14,12 @@ export interface Problem {
   readonly valueDim: number;
   /** 0 bhsd, 1 bshd */
   readonly layout: number;
-  /** 0 float32, 1 float16, 2 bfloat16: query, key, value, output and gradients */
+  /** 0 float32, 1 float16, 2 bfloat16: query, output and all gradients */
   readonly type: number;
+  /** Of key and value: `type`, but in a cache */
+  readonly keyType: number;
+  /** Keys in a block of a cache; 0 where there are no blocks */
+  readonly keyBlockLength: number;
   /** 0 none, 1 bool, 2 float32, 3 float16, 4 bfloat16 */
   readonly maskType: number;
   /** The mask's size along each axis of [B, Hq, Lq, Lk]: 1 (broadcast) or the full size */
@@ -53,6 +57,15 @@ export interface Problem {
   readonly precision: number;
 }
 
+/**
+ * The sequences of a packed batch, B + 1 running totals each. Tensors are then [totalQ, Hq, D],
+ * [totalK, Hkv, D] and so on, lse is [Hq, totalQ]; the Problem has the largest lengths.
+ */
+export interface Sequences {
+  readonly queryStarts: Int32Array;
+  readonly keyStarts: Int32Array;
+}
+
 /** The arrays that a call reads. Shapes as in the Problem and its layout. */
 export interface Inputs {
   readonly query: FloatArray; // [B, Hq, Lq, D]
@@ -62,6 +75,12 @@ export interface Inputs {
   readonly keepMask: Uint8Array | null; // [B, Hq, Lq, Lk], or [B, Hq, Lq, Dv] for context
   readonly causalOffsets: Int32Array | null; // [B]
   readonly kvLengths: Int32Array | null; // [B], each 0..Lk
+  readonly sequences: Sequences | null; // of a packed batch
+  /**
+   * [B, n]: which blocks of a cache hold each entry's keys, kvLengths of them; key is then [blocks,
+   * Hkv, keyBlockLength, D], and so is value. null: no cache
+   */
+  readonly keyBlocks: Int32Array | null;
 }
 
 /** The arrays that a forward call writes; null where not wanted. */
@@ -95,6 +114,8 @@ export const PROBLEM_FIELDS: readonly (keyof Problem)[] = [
   'valueDim',
   'layout',
   'type',
+  'keyType',
+  'keyBlockLength',
   'maskType',
   'maskBatch',
   'maskHeads',
@@ -134,28 +155,30 @@ export function encodeProblem(
   header[6] = p.valueDim;
   header[7] = p.layout;
   header[8] = p.type;
-  header[9] = p.maskType;
-  header[10] = p.maskBatch;
-  header[11] = p.maskHeads;
-  header[12] = p.maskQueries;
-  header[13] = p.maskKeys;
-  header[14] = p.isCausal;
-  header[15] = p.causalOffset;
-  header[16] = p.windowLeft;
-  header[17] = p.windowRight;
-  header[18] = p.scale;
-  header[19] = p.softcap;
-  header[20] = p.dropoutP;
-  header[21] = p.dropoutPlacement;
-  header[22] = p.dropoutBroadcast;
-  header[23] = p.seedLo;
-  header[24] = p.seedHi;
-  header[25] = p.offsetLo;
-  header[26] = p.offsetHi;
-  header[27] = p.batchOffset;
-  header[28] = p.headOffset;
-  header[29] = p.queryOffset;
-  header[30] = p.keyOffset;
-  header[31] = p.precision;
+  header[9] = p.keyType;
+  header[10] = p.keyBlockLength;
+  header[11] = p.maskType;
+  header[12] = p.maskBatch;
+  header[13] = p.maskHeads;
+  header[14] = p.maskQueries;
+  header[15] = p.maskKeys;
+  header[16] = p.isCausal;
+  header[17] = p.causalOffset;
+  header[18] = p.windowLeft;
+  header[19] = p.windowRight;
+  header[20] = p.scale;
+  header[21] = p.softcap;
+  header[22] = p.dropoutP;
+  header[23] = p.dropoutPlacement;
+  header[24] = p.dropoutBroadcast;
+  header[25] = p.seedLo;
+  header[26] = p.seedHi;
+  header[27] = p.offsetLo;
+  header[28] = p.offsetHi;
+  header[29] = p.batchOffset;
+  header[30] = p.headOffset;
+  header[31] = p.queryOffset;
+  header[32] = p.keyOffset;
+  header[33] = p.precision;
   return header;
 }

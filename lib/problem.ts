@@ -26,7 +26,7 @@ import {
 } from './errors';
 import { checkGenerator, draw, type Generator } from './generator';
 import { allocateInt32, BOOL, FLOAT32 } from './memory';
-import type { FloatArray, Problem } from './problem-header';
+import type { FloatArray, Problem, Sequences } from './problem-header';
 import {
   checkLength,
   elementCount,
@@ -45,6 +45,7 @@ export type {
   ForwardOutputs,
   Inputs,
   Problem,
+  Sequences,
 } from './problem-header';
 export { encodeProblem, PROBLEM_FIELDS } from './problem-header';
 
@@ -171,6 +172,31 @@ export type BackendName =
 export type AttentionOutputName = 'lse' | 'scores' | 'weights' | 'droppedWeights';
 
 /**
+ * Where the sequences of a packed batch begin and end: B + 1 running totals each for queries and
+ * keys, from 0 to the total, as flash-attention's `cu_seqlens`. A sequence may have no queries, and
+ * no keys.
+ *
+ * @example
+ * ```js
+ * import { scaledDotProductAttentionSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const packed = { data: Float32Array.of(1, 2, 3, 4, 5), dims: [5, 1, 1] };
+ * const starts = Int32Array.of(0, 2, 5); // one sequence of 2 tokens, one of 3
+ * const output = scaledDotProductAttentionSync(packed, packed, packed, {
+ *   cuSeqlens: { query: starts, key: starts }, isCausal: true,
+ * });
+ * assert.deepStrictEqual(output.dims, [5, 1, 1]);
+ * assert.deepStrictEqual([output.data[0], output.data[2]], [1, 3]); // the first of each sequence
+ * ```
+ */
+export interface CuSeqlens {
+  /** [B + 1]: sequence b has the queries query[b] to query[b + 1] of the packed ones */
+  readonly query: Int32Array;
+  /** [B + 1]: the same for keys and values */
+  readonly key: Int32Array;
+}
+
+/**
  * The options of an attention call; every one may be left out. PyTorch's names in camelCase.
  *
  * B, Hq, Hkv, Lq, Lk, D and Dv are batch, query heads, key/value heads, query and key length,
@@ -251,6 +277,14 @@ export interface AttentionOptions {
   readonly precision?: Precision;
   /** Order of the axes of query, key, value, output and gradients. Default: `'bhsd'` */
   readonly layout?: Layout;
+  /**
+   * Makes this a packed batch of sequences of different lengths: query [totalQ, Hq, D], key
+   * [totalK, Hkv, D], value [totalK, Hkv, Dv], output [totalQ, Hq, Dv], lse [Hq, totalQ]. Positions
+   * restart in each sequence, `'bottom-right'` is each one's own, and dropout takes the sequence's
+   * number for its batch entry. A sequence has the very bits that it has alone. Not together with
+   * attnMask, keepMask, layout `'bhsd'`, or outputs other than lse. Default: none
+   */
+  readonly cuSeqlens?: CuSeqlens;
   /** What computes. Default: `'auto'` */
   readonly backend?: BackendName;
   /**
@@ -275,7 +309,10 @@ export interface Call {
   readonly keepMask: TensorView | null;
   readonly causalOffsets: Int32Array | null;
   readonly kvLengths: Int32Array | null;
+  readonly sequences: Sequences | null;
+  readonly keyBlocks: Int32Array | null;
   readonly outputDims: readonly number[];
+  readonly lseDims: readonly number[];
   /** The caller's tensor for the output, and its elements */
   readonly out: Tensor | undefined;
   readonly outData: FloatArray | null;
@@ -284,7 +321,7 @@ export interface Call {
   readonly outputs: number;
 }
 
-const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
+export const LAYOUTS: readonly Layout[] = ['bhsd', 'bshd'];
 export const PLACEMENTS: readonly DropoutPlacement[] = ['weights', 'context', 'scores'];
 export const BROADCAST_AXES: readonly DropoutBroadcastAxis[] = ['batch', 'head', 'query'];
 const PRECISIONS: readonly Precision[] = ['highest', 'high', 'medium'];
@@ -336,6 +373,7 @@ function copyOptions(options: AttentionOptions): Given {
     keyOffset: options.keyOffset,
     precision: options.precision,
     layout: options.layout,
+    cuSeqlens: options.cuSeqlens,
     backend: options.backend,
     out: options.out,
     signal: options.signal,
@@ -374,14 +412,21 @@ export function resolveCall(
   problem.layout = checkWord('layout', given.layout, LAYOUTS);
   problem.precision = checkWord('precision', given.precision, PRECISIONS);
   resolveTypes(problem, query, key, value);
-  resolveShapes(problem, query, key, value, checkBoolean('enableGqa', given.enableGqa, false));
+  const enableGqa = checkBoolean('enableGqa', given.enableGqa, false);
+  const isPacked = given.cuSeqlens !== undefined;
+  if (isPacked) resolvePackedShapes(problem, query, key, value, enableGqa);
+  else resolveShapes(problem, query, key, value, enableGqa);
+  const sequences = isPacked ? resolveSequences(problem, given, query.dims[0], key.dims[0]) : null;
   if (mask !== null) resolveMask(problem, mask);
   resolveScores(problem, given);
-  const causalOffsets = resolveVisibility(problem, given);
-  const kvLengths = resolveKvLengths(problem, given.kvLengths);
+  const causalOffsets = resolveVisibility(problem, given, sequences);
+  const kvLengths = resolveKvLengths(problem, given.kvLengths, sequences);
   resolveShard(problem, given);
   const isDropping = resolveDropout(problem, given, keepMask);
   const outputs = resolveOutputs(problem, given.outputs, allowsOutputs);
+  if (isPacked && outputs > 1) {
+    throw unsupported('outputs', 'none but "lse" together with cuSeqlens', describe(given.outputs));
+  }
   const signal = checkSignal('signal', given.signal);
   const backend = selectBackend(given.backend);
 
@@ -390,7 +435,7 @@ export function resolveCall(
   checkLength('value', value);
   if (mask !== null) checkLength('attnMask', mask);
   if (keepMask !== null) checkLength('keepMask', keepMask);
-  const outputDims = outputShape(problem);
+  const outputDims = outputShape(problem, sequences);
   const { out } = given;
   const outData =
     out === undefined
@@ -407,12 +452,115 @@ export function resolveCall(
     keepMask: isDropping ? keepMask : null,
     causalOffsets,
     kvLengths,
+    sequences,
+    keyBlocks: null,
     outputDims,
+    lseDims: lseShape(problem, sequences),
     out: out as Tensor | undefined,
     outData,
     signal,
     outputs,
   };
+}
+
+/** The keys and values that a cache gives to a call. */
+export interface CachedKeys {
+  /** [blocks, Hkv, blockLength, D] and [blocks, Hkv, blockLength, Dv] */
+  readonly key: TensorView;
+  readonly value: TensorView;
+  /** [B, n]: the blocks of each batch entry */
+  readonly blocks: Int32Array;
+  /** [B] */
+  readonly lengths: Int32Array;
+}
+
+/**
+ * As {@link resolveCall}, for queries at the end of what a cache holds: causal by default, with the
+ * diagonal of `'bottom-right'`, each sequence by its own length. `gather` says what is in the cache
+ * and comes after all code of the caller's.
+ */
+export function resolveCachedCall(
+  queryLike: unknown,
+  options: AttentionOptions,
+  gather: () => CachedKeys,
+): Call {
+  const copy = copyOptions(options);
+  const { isCausal = true, causalOffset = 'bottom-right' } = copy;
+  const given: Given = { ...copy, isCausal, causalOffset };
+  const query = readTensor('query', queryLike);
+  const problem = newProblem();
+  problem.layout = checkWord('layout', given.layout, LAYOUTS);
+  problem.precision = checkWord('precision', given.precision, PRECISIONS);
+  const { key, value, blocks, lengths } = gather();
+  resolveCachedShapes(problem, query, key, value, lengths);
+  resolveScores(problem, given);
+  const causalOffsets = resolveVisibility(problem, given, null);
+  resolveShard(problem, given);
+  const isDropping = resolveDropout(problem, given, null);
+  const signal = checkSignal('signal', given.signal);
+  const backend = selectBackend(given.backend);
+  checkLength('query', query);
+  const outputDims = outputShape(problem, null);
+  const { out } = given;
+  const outData = out === undefined ? null : readOut(out, problem, outputDims, [query]);
+  resolveSeed(problem, given, isDropping);
+  const ends =
+    given.causalOffset === 'bottom-right'
+      ? lengths.map((length) => length - problem.queryLength)
+      : causalOffsets;
+  return {
+    problem: Object.freeze(problem),
+    backend,
+    query,
+    key,
+    value,
+    mask: null,
+    keepMask: null,
+    causalOffsets: ends,
+    kvLengths: lengths,
+    sequences: null,
+    keyBlocks: blocks,
+    outputDims,
+    lseDims: lseShape(problem, null),
+    out: out as Tensor | undefined,
+    outData,
+    signal,
+    outputs: 0,
+  };
+}
+
+/** Sizes from the query's shape and what the cache has. */
+function resolveCachedShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  lengths: Int32Array,
+): void {
+  checkRank(problem, 'query', query);
+  if (query.type === BOOL || (query.type !== FLOAT32 && query.type !== key.type)) {
+    const own = key.type === FLOAT32 ? '' : ` or ${TYPE_NAMES[key.type]}`;
+    throw invalidType('query', `float32${own} elements`, TYPE_NAMES[query.type]);
+  }
+  const [, kvHeads, blockLength, headDim] = key.dims;
+  const [batch, first, second, width] = query.dims;
+  const [heads, length] = problem.layout === BSHD ? [second, first] : [first, second];
+  if (batch !== lengths.length || width !== headDim || heads % kvHeads !== 0) {
+    const shape = problem.layout === BSHD ? ['Lq', 'Hq'] : ['Hq', 'Lq'];
+    const expected = formatShape([lengths.length, ...shape, headDim]);
+    const words = `${expected}, Hq a multiple of the cache's ${kvHeads} heads`;
+    throw shapeMismatch('query', words, formatShape(query.dims));
+  }
+  problem.type = query.type;
+  problem.keyType = key.type;
+  problem.keyBlockLength = blockLength;
+  problem.batch = batch;
+  problem.queryHeads = heads;
+  problem.kvHeads = kvHeads;
+  problem.queryLength = length;
+  problem.keyLength = lengths.reduce((most, n) => Math.max(most, n), 1);
+  problem.headDim = headDim;
+  problem.valueDim = value.dims[3];
 }
 
 /** A Problem of size 0 with every option at its default. */
@@ -427,6 +575,8 @@ export function newProblem(): Draft {
     valueDim: 0,
     layout: 0,
     type: FLOAT32,
+    keyType: FLOAT32,
+    keyBlockLength: 0,
     maskType: MASK_NONE,
     maskBatch: 1,
     maskHeads: 1,
@@ -461,6 +611,7 @@ function resolveTypes(problem: Draft, query: TensorView, key: TensorView, value:
   if (key.type !== query.type) throw wrongType('key', query, key);
   if (value.type !== query.type) throw wrongType('value', query, value);
   problem.type = query.type;
+  problem.keyType = key.type;
 }
 
 function wrongType(argument: string, query: TensorView, other: TensorView): Error {
@@ -487,9 +638,7 @@ function resolveShapes(
   if (k[0] !== q[0] || k[3] !== q[3] || (k[heads] !== q[heads] && !enableGqa)) {
     throw keyMismatch(problem, q, k, enableGqa);
   }
-  if (q[heads] % k[heads] !== 0) {
-    throw shapeMismatch('key', `a head count that divides query's ${q[heads]}`, String(k[heads]));
-  }
+  checkGroups(q[heads], k[heads]);
   if (v[0] !== k[0] || v[1] !== k[1] || v[2] !== k[2]) throw valueMismatch(k, v);
   if (q[3] > LARGEST_HEAD_DIM) throw tooWide('query', 'headDim', q);
   if (v[3] > LARGEST_HEAD_DIM) throw tooWide('value', 'valueDim', v);
@@ -500,6 +649,106 @@ function resolveShapes(
   problem.keyLength = k[length];
   problem.headDim = q[3];
   problem.valueDim = v[3];
+}
+
+/** Sizes but for the lengths from the shapes of a packed batch, [total, heads, dim] each. */
+function resolvePackedShapes(
+  problem: Draft,
+  query: TensorView,
+  key: TensorView,
+  value: TensorView,
+  enableGqa: boolean,
+): void {
+  for (const [argument, { dims }] of Object.entries({ query, key, value })) {
+    if (dims.length !== 3) {
+      throw shapeMismatch(argument, '3 axes, [total, heads, dim]', formatShape(dims));
+    }
+  }
+  const q = query.dims;
+  const k = key.dims;
+  const v = value.dims;
+  if (k[2] !== q[2] || (k[1] !== q[1] && !enableGqa)) {
+    const expected = formatShape(['totalK', enableGqa ? 'Hkv' : q[1], q[2]]);
+    const hint = k[2] === q[2] ? '; heads may differ only with enableGqa: true' : '';
+    const words = `${expected} to match query ${formatShape(q)}`;
+    throw shapeMismatch('key', words, formatShape(k) + hint);
+  }
+  checkGroups(q[1], k[1]);
+  if (v[0] !== k[0] || v[1] !== k[1]) {
+    const expected = `${formatShape([k[0], k[1], 'Dv'])} to match key ${formatShape(k)}`;
+    throw shapeMismatch('value', expected, formatShape(v));
+  }
+  if (q[2] > LARGEST_HEAD_DIM) throw tooWide('query', 'headDim', q);
+  if (v[2] > LARGEST_HEAD_DIM) throw tooWide('value', 'valueDim', v);
+  problem.queryHeads = q[1];
+  problem.kvHeads = k[1];
+  problem.headDim = q[2];
+  problem.valueDim = v[2];
+}
+
+/** The sequences of a packed batch; their number and largest lengths become the problem's. */
+function resolveSequences(problem: Draft, given: Given, totalQ: number, totalK: number): Sequences {
+  const { cuSeqlens } = given;
+  checkPlainObject('cuSeqlens', cuSeqlens);
+  checkOptionNames(cuSeqlens, CU_SEQLENS_NAMES, 'cuSeqlens');
+  const { query, key } = cuSeqlens as CuSeqlens;
+  const queryStarts = readStarts('cuSeqlens.query', query, totalQ);
+  const keyStarts = readStarts('cuSeqlens.key', key, totalK);
+  if (keyStarts.length !== queryStarts.length) {
+    const expected = `${queryStarts.length} running totals, as in cuSeqlens.query`;
+    throw shapeMismatch('cuSeqlens.key', expected, String(keyStarts.length));
+  }
+  for (const name of ['attnMask', 'keepMask'] as const) {
+    if (given[name] !== undefined) throw unsupported(name, 'none together with cuSeqlens', 'one');
+  }
+  if (given.layout === 'bhsd') {
+    throw valueError('layout: expected none or "bshd" together with cuSeqlens, got "bhsd"');
+  }
+  problem.layout = BSHD;
+  problem.batch = queryStarts.length - 1;
+  problem.queryLength = longest(queryStarts);
+  problem.keyLength = longest(keyStarts);
+  return { queryStarts, keyStarts };
+}
+
+const CU_SEQLENS_NAMES: ReadonlySet<string> = new Set(['query', 'key']);
+
+/** Checks a copy: the original may be shared with another thread. */
+function readStarts(argument: string, value: unknown, total: number): Int32Array {
+  if (!(value instanceof Int32Array)) throw invalidType(argument, 'an Int32Array', describe(value));
+  const starts = allocateInt32(value.length);
+  starts.set(value);
+  if (starts.length < 2) {
+    throw shapeMismatch(argument, 'B + 1 running totals', String(starts.length));
+  }
+  if (starts[0] !== 0) throw invalidValue(`${argument}[0]`, '0', String(starts[0]));
+  for (let b = 1; b < starts.length; b++) {
+    if (starts[b] < starts[b - 1]) {
+      const expected = `${starts[b - 1]} or more, as totals do not fall`;
+      throw invalidValue(`${argument}[${b}]`, expected, String(starts[b]));
+    }
+  }
+  const last = starts.length - 1;
+  if (starts[last] !== total) {
+    throw shapeMismatch(`${argument}[${last}]`, `the total, ${total}`, String(starts[last]));
+  }
+  return starts;
+}
+
+function lengthOf(starts: Int32Array, b: number): number {
+  return starts[b + 1] - starts[b];
+}
+
+function longest(starts: Int32Array): number {
+  let most = 0;
+  for (let b = 0; b < starts.length - 1; b++) most = Math.max(most, lengthOf(starts, b));
+  return most;
+}
+
+function checkGroups(queryHeads: number, kvHeads: number): void {
+  if (queryHeads % kvHeads === 0) return;
+  const expected = `a head count that divides query's ${queryHeads}`;
+  throw shapeMismatch('key', expected, String(kvHeads));
 }
 
 function checkRank(problem: Problem, argument: string, view: TensorView): void {
@@ -565,10 +814,17 @@ export function scoresShape(problem: Problem): number[] {
 }
 
 /** Shape of the output in the call's layout. */
-function outputShape(p: Problem): number[] {
+function outputShape(p: Problem, sequences: Sequences | null): number[] {
+  if (sequences) return [sequences.queryStarts[p.batch], p.queryHeads, p.valueDim];
   return p.layout === BSHD
     ? [p.batch, p.queryLength, p.queryHeads, p.valueDim]
     : [p.batch, p.queryHeads, p.queryLength, p.valueDim];
+}
+
+/** Shape of lse, the same in either layout. */
+function lseShape(p: Problem, sequences: Sequences | null): number[] {
+  if (sequences) return [p.queryHeads, sequences.queryStarts[p.batch]];
+  return [p.batch, p.queryHeads, p.queryLength];
 }
 
 /** Scale and softcap: rounded to float32 here, so that every backend has the same number. */
@@ -586,12 +842,21 @@ function resolveScores(problem: Draft, given: Given): void {
 }
 
 /** Causal rule and window. Returns the offsets where each batch entry has its own. */
-function resolveVisibility(problem: Draft, given: Given): Int32Array | null {
+function resolveVisibility(
+  problem: Draft,
+  given: Given,
+  sequences: Sequences | null,
+): Int32Array | null {
   const { isCausal, causalOffset, windowSize } = given;
   problem.isCausal = checkBoolean('isCausal', isCausal, false) ? 1 : 0;
   if (windowSize !== undefined) resolveWindow(problem, windowSize);
   if (causalOffset === undefined) return null;
   if (Array.isArray(causalOffset)) return readCausalOffsets(problem, causalOffset);
+  if (sequences !== null && causalOffset === 'bottom-right') {
+    const { queryStarts, keyStarts } = sequences;
+    const offsets = allocateInt32(problem.batch);
+    return offsets.map((_, b) => lengthOf(keyStarts, b) - lengthOf(queryStarts, b));
+  }
   problem.causalOffset =
     causalOffset === 'bottom-right'
       ? problem.keyLength - problem.queryLength
@@ -637,7 +902,11 @@ function checkReach(argument: string, value: unknown): number {
 }
 
 /** Checks a copy: the original may be shared with another thread. */
-function resolveKvLengths(problem: Problem, value: unknown): Int32Array | null {
+function resolveKvLengths(
+  problem: Problem,
+  value: unknown,
+  sequences: Sequences | null,
+): Int32Array | null {
   if (value === undefined) return null;
   if (!(value instanceof Int32Array)) {
     throw invalidType('kvLengths', 'an Int32Array', describe(value));
@@ -649,8 +918,9 @@ function resolveKvLengths(problem: Problem, value: unknown): Int32Array | null {
   const lengths = allocateInt32(problem.batch);
   lengths.set(value);
   for (let b = 0; b < lengths.length; b++) {
-    if (lengths[b] < 0 || lengths[b] > problem.keyLength) {
-      const expected = `a length from 0 to ${problem.keyLength}`;
+    const most = sequences === null ? problem.keyLength : lengthOf(sequences.keyStarts, b);
+    if (lengths[b] < 0 || lengths[b] > most) {
+      const expected = `a length from 0 to ${most}`;
       throw invalidValue(`kvLengths[${b}]`, expected, String(lengths[b]));
     }
   }

@@ -8,6 +8,7 @@
       'native/addon/addon.cpp',
       'native/cpu/cpu_features.cpp',
       'native/cpu/thread_pool.cpp',
+      'native/cpu/sequences.cpp',
       'native/cpu/portable.cpp',
       'native/cpu/avx2.cpp',
       'native/cpu/avx512.cpp',

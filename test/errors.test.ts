@@ -8,7 +8,10 @@ import {
   attentionForwardSync,
   dropoutMask,
   Generator,
+  KVCache,
+  KVCachePool,
   manualSeed,
+  mergeAttention,
   scaledDotProductAttention,
   scaledDotProductAttentionSync,
   Tensor,
@@ -281,7 +284,7 @@ const OPTIONS: Case[] = [
     TYPE,
     '"dropout_p" … did you mean "dropoutP"',
   ],
-  ['an unknown option', option({ cuSeqlens: {} }), TYPE, '"cuSeqlens"'],
+  ['an unknown option', option({ alibiSlopes: [] }), TYPE, '"alibiSlopes"'],
   ['samples, which are none yet', option({ samples: 3 }), TYPE, '"samples"'],
   ['isCausal a number', option({ isCausal: 1 }), TYPE, 'isCausal … a boolean … got 1'],
   ['causalOffset a fraction', option({ causalOffset: 0.5 }), VALUE, 'causalOffset … got 0.5'],
@@ -594,7 +597,122 @@ function sharedValue() {
   return { value: { data, dims: value.dims }, options: { out } };
 }
 
+const PACKED = { query: floats(6, 4, 8), key: floats(10, 2, 8), value: floats(10, 2, 6) };
+const STARTS = { query: Int32Array.of(0, 3, 6), key: Int32Array.of(0, 5, 10) };
+
+/** A packed batch with other starts, and more options. */
+function packed(cuSeqlens: unknown, more: object = {}, tensors: object = {}) {
+  return { ...PACKED, ...tensors, options: { cuSeqlens, ...more } };
+}
+
+const PACKING: Case[] = [
+  ['cuSeqlens an array', packed([0, 3, 6]), TYPE, 'cuSeqlens … a plain object'],
+  ['cuSeqlens null', packed(null), TYPE, 'cuSeqlens … got null'],
+  [
+    'a misspelled name in it',
+    packed({ query: STARTS.query, kye: STARTS.key }),
+    TYPE,
+    'cuSeqlens … "kye" … did you mean "key"',
+  ],
+  ['no key', packed({ query: STARTS.query }), TYPE, 'cuSeqlens.key … got undefined'],
+  ['starts an array', packed({ ...STARTS, query: [0, 6] }), TYPE, 'cuSeqlens.query … Int32Array'],
+  [
+    'one start',
+    packed({ ...STARTS, key: Int32Array.of(0) }),
+    SHAPE,
+    'cuSeqlens.key … B + 1 … got 1',
+  ],
+  [
+    'starts that do not begin at 0',
+    packed({ ...STARTS, query: Int32Array.of(1, 3, 6) }),
+    VALUE,
+    'cuSeqlens.query[0] … 0 … got 1',
+  ],
+  [
+    'starts that fall',
+    packed({ ...STARTS, query: Int32Array.of(0, 7, 6) }),
+    VALUE,
+    'cuSeqlens.query[2] … 7 or more … got 6',
+  ],
+  [
+    'another total',
+    packed({ ...STARTS, key: Int32Array.of(0, 5, 11) }),
+    SHAPE,
+    'cuSeqlens.key[2] … 10 … got 11',
+  ],
+  [
+    'two numbers of sequences',
+    packed({ ...STARTS, key: Int32Array.of(0, 10) }),
+    SHAPE,
+    'cuSeqlens.key … 3 … got 2',
+  ],
+  ['query of rank 4', packed(STARTS, {}, { query }), SHAPE, 'query … 3 axes … [2, 4, 3, 8]'],
+  ['value of rank 2', packed(STARTS, {}, { value: floats(10, 6) }), SHAPE, 'value … [10, 6]'],
+  [
+    'another head dim of a packed key',
+    packed(STARTS, {}, { key: floats(10, 2, 7) }),
+    SHAPE,
+    'key: expected [totalK, Hkv, 8] to match query [6, 4, 8], got [10, 2, 7]',
+  ],
+  [
+    'packed heads that differ',
+    packed(STARTS, { enableGqa: false }),
+    SHAPE,
+    'key: expected [totalK, 4, 8] … got [10, 2, 8]; heads may differ only with enableGqa',
+  ],
+  [
+    'packed heads that do not divide',
+    packed(STARTS, {}, { key: floats(10, 3, 8), value: floats(10, 3, 6) }),
+    SHAPE,
+    'key … 4 … 3',
+  ],
+  [
+    'another total of value',
+    packed(STARTS, {}, { value: floats(9, 2, 6) }),
+    SHAPE,
+    'value: expected [10, 2, Dv] to match key [10, 2, 8], got [9, 2, 6]',
+  ],
+  [
+    'a packed head dim of 513',
+    packed(STARTS, {}, { query: floats(6, 4, 513), key: floats(10, 2, 513) }),
+    UNSUPPORTED,
+    'query … 512 … [6, 4, 513]',
+  ],
+  ['layout bhsd', packed(STARTS, { layout: 'bhsd' }), VALUE, 'layout … cuSeqlens'],
+  ['a mask', packed(STARTS, { attnMask: bools(5) }), UNSUPPORTED, 'attnMask … cuSeqlens'],
+  [
+    'a keepMask',
+    packed(STARTS, { ...dropout, keepMask: bools(2, 4, 3, 5) }),
+    UNSUPPORTED,
+    'keepMask … cuSeqlens',
+  ],
+  [
+    'kvLengths beyond a sequence',
+    packed({ ...STARTS, key: Int32Array.of(0, 2, 10) }, { kvLengths: Int32Array.of(3, 1) }),
+    VALUE,
+    'kvLengths[0] … 0 to 2 … got 3',
+  ],
+  [
+    'kvLengths of another batch',
+    packed(STARTS, { kvLengths: Int32Array.of(3) }),
+    SHAPE,
+    'kvLengths … 2 … got 1',
+  ],
+  [
+    'too few packed elements',
+    packed(STARTS, {}, { query: { data: new Float32Array(7), dims: [6, 4, 8] } }),
+    SHAPE,
+    'query.data … 192 … 7',
+  ],
+];
+
 const FORWARD_ONLY: Case[] = [
+  [
+    'weights of a packed batch',
+    packed(STARTS, { outputs: ['weights'] }),
+    UNSUPPORTED,
+    'outputs … cuSeqlens',
+  ],
   ['outputs a word', option({ outputs: 'weights' }), TYPE, 'outputs … array'],
   [
     'outputs with another word',
@@ -669,6 +787,7 @@ describe.each([
   ['options', OPTIONS],
   ['masks', MASKS],
   ['dropout', DROPOUT],
+  ['packed batches', PACKING],
   ['out', OUT],
 ])('%s', (_, cases) => {
   test.each(cases)('%s', async (_, given, code, message) => {
@@ -833,6 +952,300 @@ describe('dropoutMask', () => {
       code,
       message,
     );
+  });
+});
+
+describe('mergeAttention', () => {
+  const output = floats(2, 4, 3, 6);
+  const lse = floats(2, 4, 3);
+  const good = { output, lse };
+  const half = { data: new Uint16Array(144), dims: output.dims, type: 'float16' };
+  const cases: [string, unknown, unknown, string, string][] = [
+    ['parts undefined', undefined, undefined, TYPE, 'parts … got undefined'],
+    ['parts one part', good, undefined, TYPE, 'parts … an array'],
+    ['no parts', [], undefined, VALUE, 'parts … at least one'],
+    ['a part null', [good, null], undefined, TYPE, 'parts[1] … got null'],
+    ['a part missing', [undefined, good], undefined, TYPE, 'parts[0] … got undefined'],
+    ['no lse', [{ output }], undefined, TYPE, 'parts[0].lse … got undefined'],
+    ['output a typed array', [{ output: output.data, lse }], undefined, TYPE, 'parts[0].output'],
+    ['output of booleans', [{ output: bools(2, 4, 3, 6), lse }], undefined, TYPE, 'bool'],
+    [
+      'lse of another type',
+      [{ output, lse: { data: new Uint16Array(24), dims: lse.dims, type: 'float16' } }],
+      undefined,
+      TYPE,
+      'parts[0].lse … float32 … float16',
+    ],
+    ['outputs of two types', [good, { output: half, lse }], undefined, TYPE, 'parts[1].output'],
+    [
+      'outputs of two shapes',
+      [good, { output: floats(2, 4, 3, 5), lse }],
+      undefined,
+      SHAPE,
+      'parts[1].output … [2, 4, 3, 6] … [2, 4, 3, 5]',
+    ],
+    [
+      'lse of two shapes',
+      [good, { output, lse: floats(2, 4, 2) }],
+      undefined,
+      SHAPE,
+      'parts[1].lse … [2, 4, 3] … [2, 4, 2]',
+    ],
+    [
+      'lse that does not fit',
+      [{ output, lse: floats(2, 3, 4) }],
+      undefined,
+      SHAPE,
+      'parts[0].lse … [2, 4, 3] … [2, 3, 4]',
+    ],
+    [
+      'lse in the order of the other layout',
+      [good],
+      { layout: 'bshd' },
+      SHAPE,
+      'parts[0].lse … [2, 3, 4] … [2, 4, 3]',
+    ],
+    ['a rank of 2', [{ output: floats(3, 6), lse }], undefined, SHAPE, 'parts[0].output … [3, 6]'],
+    [
+      'too few elements',
+      [{ output: { data: new Float32Array(3), dims: output.dims }, lse }],
+      undefined,
+      SHAPE,
+      'parts[0].output.data … 144 … 3',
+    ],
+    ['output disposed', [{ output: disposedTensor(), lse }], undefined, DISPOSED, 'dispose()'],
+    ['an unknown option', [good], { layuot: 'bhsd' }, TYPE, 'did you mean "layout"'],
+    ['another layout', [good], { layout: 'sbhd' }, VALUE, 'layout … got "sbhd"'],
+    ['options null', [good], null, TYPE, 'options … got null'],
+  ];
+
+  test.each(cases)('%s', (_, parts, options, code, message) => {
+    const call = mergeAttention as (parts: unknown, options: unknown) => unknown;
+    check(
+      thrownBy(() => call(parts, options)),
+      code,
+      message,
+    );
+  });
+});
+
+describe('key/value caches', () => {
+  const shape = { kvHeads: 2, headDim: 8, valueDim: 6 };
+  const pool = new KVCachePool({ ...shape, blocks: 2 });
+  const make = (options: unknown) => () => new KVCache(options as never);
+  const makePool = (options: unknown) => () => new KVCachePool(options as never);
+  const constructed: [string, () => unknown, string, string][] = [
+    ['no options', make(undefined), TYPE, 'options … got undefined'],
+    ['a misspelled option', make({ ...shape, maxLenght: 8 }), TYPE, 'did you mean "maxLength"'],
+    ['no maxLength', make(shape), TYPE, 'maxLength … got undefined'],
+    ['no kvHeads', make({ headDim: 8, maxLength: 8 }), TYPE, 'kvHeads … got undefined'],
+    ['no headDim', make({ kvHeads: 2, maxLength: 8 }), TYPE, 'headDim … got undefined'],
+    ['batch 0', make({ ...shape, maxLength: 8, batch: 0 }), VALUE, 'batch … got 0'],
+    ['maxLength a fraction', make({ ...shape, maxLength: 0.5 }), VALUE, 'maxLength … got 0.5'],
+    ['a headDim of 513', make({ kvHeads: 1, headDim: 513, maxLength: 8 }), UNSUPPORTED, 'headDim'],
+    [
+      'a type of integers',
+      make({ ...shape, maxLength: 8, type: 'int8' }),
+      VALUE,
+      'type … got "int8"',
+    ],
+    ['a pool an object', make({ pool: {} }), TYPE, 'pool … a KVCachePool'],
+    ['a shape beside a pool', make({ pool, headDim: 8 }), VALUE, 'headDim … pool'],
+    ['on a GPU', make({ ...shape, maxLength: 8, device: 'cuda' }), UNAVAILABLE, 'no CUDA backend'],
+    ['on a device', make({ ...shape, maxLength: 8, device: 'cpo' }), VALUE, 'did you mean "cpu"'],
+    [
+      'blocks beyond all numbers',
+      make({ ...shape, batch: 2 ** 20, maxLength: 2 ** 20 }),
+      VALUE,
+      'maxLength … blocks',
+    ],
+    [
+      'more memory than an array may have',
+      make({ ...shape, headDim: 512, batch: 2 ** 12, maxLength: 2 ** 20 }),
+      'ERR_SDPA_OUT_OF_MEMORY',
+      'memory',
+    ],
+    ['a pool without blocks', makePool(shape), TYPE, 'blocks … got undefined'],
+    ['a pool of 0 blocks', makePool({ ...shape, blocks: 0 }), VALUE, 'blocks … got 0'],
+    [
+      'blocks of no whole tile',
+      makePool({ ...shape, blocks: 1, blockLength: 65 }),
+      VALUE,
+      'blockLength … a multiple of 64 … got 65',
+    ],
+    [
+      'an unknown option of a pool',
+      makePool({ ...shape, block: 1 }),
+      TYPE,
+      'did you mean "blocks"',
+    ],
+  ];
+  test.each(constructed)('%s', (_, work, code, message) => check(thrownBy(work), code, message));
+
+  const cacheKey = floats(2, 2, 3, 8);
+  const cacheValue = floats(2, 2, 3, 6);
+  const appended: [string, unknown[], string, string][] = [
+    ['key undefined', [undefined, cacheValue], TYPE, 'key … got undefined'],
+    ['value an array', [cacheKey, [1]], TYPE, 'value'],
+    ['key of booleans', [bools(2, 2, 3, 8), cacheValue], TYPE, 'key … float32 … bool'],
+    [
+      'value of another type',
+      [cacheKey, holding(cacheValue, new Uint16Array(72), 'float16')],
+      TYPE,
+      'value … float32 … float16',
+    ],
+    ['key of another batch', [floats(1, 2, 3, 8), cacheValue], SHAPE, 'key … [2, 2, L, 8] … [1, '],
+    ['key of rank 3', [floats(2, 3, 8), cacheValue], SHAPE, 'key … [2, 2, L, 8] … [2, 3, 8]'],
+    ['key in the other layout', [floats(2, 3, 2, 8), cacheValue], SHAPE, 'key … [2, 3, 2, 8]'],
+    [
+      'value of another length',
+      [cacheKey, floats(2, 2, 4, 6)],
+      SHAPE,
+      'value … [2, 2, 3, 6] to match key … [2, 2, 4, 6]',
+    ],
+    [
+      'too few elements',
+      [holding(cacheKey, new Float32Array(5)), cacheValue],
+      SHAPE,
+      'key.data … 96 … 5',
+    ],
+    [
+      'value detached',
+      [cacheKey, { data: detachedArray(72), dims: cacheValue.dims }],
+      TYPE,
+      'value.data … detached',
+    ],
+    ['an unknown option', [cacheKey, cacheValue, { seqs: [0] }], TYPE, 'option "seqs"'],
+    ['sequences a number', [cacheKey, cacheValue, { sequences: 2 }], TYPE, 'sequences … got 2'],
+    ['no sequences', [cacheKey, cacheValue, { sequences: [] }], VALUE, 'sequences … at least one'],
+    ['a sequence twice', [cacheKey, cacheValue, { sequences: [1, 1] }], VALUE, 'sequences … once'],
+    [
+      'a sequence that there is not',
+      [cacheKey, cacheValue, { sequences: [0, 2] }],
+      VALUE,
+      'sequences[1] … 0 to 1 … got 2',
+    ],
+    ['lengths a number', [cacheKey, cacheValue, { lengths: 2 }], TYPE, 'lengths … got 2'],
+    ['one length', [cacheKey, cacheValue, { lengths: [2] }], SHAPE, 'lengths … 2 … got 1'],
+    [
+      'a length beyond the rows',
+      [cacheKey, cacheValue, { lengths: [2, 4] }],
+      VALUE,
+      'lengths[1] … 0 to 3 … got 4',
+    ],
+    ['another layout', [cacheKey, cacheValue, { layout: 'hbsd' }], VALUE, 'layout … got "hbsd"'],
+  ];
+  test.each(appended)('append: %s', (_, given, code, message) => {
+    const cache = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+    const append = cache.append.bind(cache) as (...args: unknown[]) => void;
+    check(
+      thrownBy(() => append(...given)),
+      code,
+      message,
+    );
+    expect([...cache.lengths]).toEqual([0, 0]);
+  });
+
+  test('append: beyond maxLength, nothing is stored', () => {
+    const cache = new KVCache({ ...shape, batch: 2, maxLength: 4 });
+    cache.append(cacheKey, cacheValue, { lengths: [1, 2] });
+    const append = () => cache.append(cacheKey, cacheValue);
+    check(thrownBy(append), VALUE, 'append … at most 2 … sequence 1 … maxLength is 4, got 3');
+    expect([...cache.lengths]).toEqual([1, 2]);
+  });
+
+  const cache = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+  const good = floats(2, 4, 3, 8);
+  const asked: [string, unknown, unknown, string, string][] = [
+    ['query a number', 3, undefined, TYPE, 'query … got 3'],
+    [
+      'query of another type',
+      holding(good, new Uint16Array(192), 'float16'),
+      undefined,
+      TYPE,
+      'query … float32 … float16',
+    ],
+    ['query of rank 3', floats(4, 3, 8), undefined, SHAPE, 'query … [4, 3, 8]'],
+    [
+      'query of another batch',
+      floats(1, 4, 3, 8),
+      undefined,
+      SHAPE,
+      'query … [2, Hq, Lq, 8] … [1,',
+    ],
+    ['heads that do not divide', floats(2, 3, 3, 8), undefined, SHAPE, 'query … a multiple … 2'],
+    ['another head dim', floats(2, 4, 3, 7), undefined, SHAPE, 'query … [2, 4, 3, 7]'],
+    ['too few elements', holding(good, new Float32Array(1)), undefined, SHAPE, 'query.data … 192'],
+    ['a mask', good, { attnMask: bools(1) }, TYPE, 'unknown option "attnMask"'],
+    ['options a number', good, 3, TYPE, 'options … got 3'],
+    ['isCausal a number', good, { isCausal: 1 }, TYPE, 'isCausal … got 1'],
+    ['isCausal null', good, { isCausal: null }, TYPE, 'isCausal … got null'],
+    ['an offset for each of 3', good, { causalOffset: [1, 2, 3] }, SHAPE, 'causalOffset … 2 … 3'],
+    ['a sequence that there is not', good, { sequences: [0, -1] }, VALUE, 'sequences[1] … got -1'],
+    ['dropout without training', good, { dropoutP: 0.5 }, TYPE, 'training … dropoutP'],
+    ['another backend', good, { backend: 'cpx' }, VALUE, 'backend … did you mean "cpu"'],
+    [
+      'out of another shape',
+      good,
+      { out: new Tensor('float32', good.data, good.dims) },
+      SHAPE,
+      'out … [2, 4, 3, 6]',
+    ],
+  ];
+  test.each(asked)('attend: %s', async (_, given, options, code, message) => {
+    const attend = cache.attend.bind(cache) as (...args: unknown[]) => Promise<unknown>;
+    const attendSync = cache.attendSync.bind(cache) as (...args: unknown[]) => unknown;
+    check(
+      thrownBy(() => attendSync(given, options)),
+      code,
+      message,
+    );
+    check(await attend(given, options).catch((reason: unknown) => reason), code, message);
+  });
+
+  test('truncate and fork', () => {
+    check(
+      thrownBy(() => cache.truncate(-1)),
+      VALUE,
+      'length … got -1',
+    );
+    check(
+      thrownBy(() => cache.truncate(0, { sequences: [5] })),
+      VALUE,
+      'sequences[0] … got 5',
+    );
+    check(
+      thrownBy(() => cache.fork(0, 0)),
+      VALUE,
+      'to … another',
+    );
+    check(
+      thrownBy(() => cache.fork(2, 0)),
+      VALUE,
+      'from … got 2',
+    );
+  });
+
+  test('after dispose', async () => {
+    const gone = new KVCache({ ...shape, batch: 2, maxLength: 8 });
+    gone.dispose();
+    gone.dispose();
+    const orphan = new KVCache({ batch: 2, pool });
+    orphan.append(cacheKey, cacheValue);
+    pool.dispose();
+    for (const used of [gone, orphan]) {
+      const uses = [
+        () => used.append(cacheKey, cacheValue),
+        () => used.attendSync(good),
+        () => used.truncate(0),
+        () => used.fork(0, 1),
+      ];
+      for (const use of uses) check(thrownBy(use), DISPOSED, 'dispose()');
+      check(await used.attend(good).catch((reason: unknown) => reason), DISPOSED, 'dispose()');
+    }
+    check(thrownBy(make({ pool })), DISPOSED, 'KVCachePool: used after dispose()');
+    expect(pool.freeBlocks).toBe(0);
+    orphan.dispose();
   });
 });
 

@@ -66,11 +66,13 @@ describe('native code checks for itself what it reads and writes', () => {
   const internal = expect.objectContaining({ code: 'ERR_SDPA_INTERNAL' });
 
   /**
-   * query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and 2 x 2 x 5 x 6.
+   * No starts and no blocks; query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and
+   * 2 x 2 x 5 x 6.
    */
   function arrays() {
     const inputs = [new Float32Array(192), new Float32Array(160), new Float32Array(120)];
-    return [...inputs, null, null, null, null, new Float32Array(144), null, null, null, null];
+    const output = new Float32Array(144);
+    return [null, null, null, ...inputs, null, null, null, null, output, null, null, null, null];
   }
 
   const forwardSync = native.forwardSync as (...values: unknown[]) => void;
@@ -111,8 +113,9 @@ describe('native code checks for itself what it reads and writes', () => {
       3,
       undefined,
     ];
-    for (let i = 0; i < 12; i++) {
-      for (const array of [...wrong, ...(i < 3 || i === 7 ? [null] : [])]) {
+    const needed = [3, 4, 5, 10];
+    for (let i = 0; i < 15; i++) {
+      for (const array of [...wrong, ...(needed.includes(i) ? [null] : [])]) {
         const given: unknown[] = arrays();
         given[i] = array;
         expect(() => call(encodeProblem(problem), portable, given), `array ${i}`).toThrow(internal);
@@ -125,9 +128,90 @@ describe('native code checks for itself what it reads and writes', () => {
     );
   });
 
+  describe('a packed batch', () => {
+    const LAYOUT_BSHD = 1;
+    const packed = { ...problem, layout: LAYOUT_BSHD };
+    const starts = [Int32Array.of(0, 3, 6), Int32Array.of(0, 5, 10)];
+    const given = (query: unknown = starts[0], key: unknown = starts[1]) => {
+      return [query, key, ...arrays().slice(2)];
+    };
+    const at = (i: number, array: unknown) => {
+      return given().map((other, j) => (i === j ? array : other));
+    };
+
+    test('runs', () => {
+      expect(call(encodeProblem(packed), portable, given())).toBeUndefined();
+    });
+
+    const wrong: [string, Problem, unknown[]][] = [
+      ['starts without the other', packed, given(starts[0], null)],
+      ['starts not from 0', packed, given(Int32Array.of(1, 3, 6))],
+      ['starts that fall', packed, given(Int32Array.of(0, 7, 6))],
+      ['a negative start', packed, given(Int32Array.of(0, -3, 6))],
+      ['another total', packed, given(starts[0], Int32Array.of(0, 5, 9))],
+      ['a sequence longer than the longest', packed, given(starts[0], Int32Array.of(0, 4, 10))],
+      ['another number of sequences', packed, given(starts[0], Int32Array.of(0, 10))],
+      ['the other layout', problem, given()],
+      ['a mask', { ...packed, maskType: 1 }, at(6, new Uint8Array(1))],
+      ['a keep mask', packed, at(7, new Uint8Array(120))],
+      ['key lengths beyond a sequence', packed, at(9, Int32Array.of(6, 5))],
+      ['scores', packed, at(12, new Float32Array(120))],
+    ];
+    test.each(wrong)('%s is refused', (_, header, arrays) => {
+      expect(() => call(encodeProblem(header), portable, arrays)).toThrow(internal);
+    });
+  });
+
+  describe('a cache', () => {
+    const cached = { ...problem, keyLength: 70, keyBlockLength: 64 };
+    /** 3 blocks of 2 x 64 x 8 and 2 x 64 x 6, of which the entries have 2 and 1. */
+    const given = (more: Record<number, unknown> = {}) => {
+      const blocks = { 2: Int32Array.of(0, 2, 1, 0), 9: Int32Array.of(70, 64) };
+      const tensors = { 4: new Float32Array(3072), 5: new Float32Array(2304) };
+      const all: Record<number, unknown> = { ...blocks, ...tensors, ...more };
+      return arrays().map((array, i) => (i in all ? all[i] : array));
+    };
+
+    test('runs', () => {
+      expect(call(encodeProblem(cached), portable, given())).toBeUndefined();
+    });
+
+    const starts = { 0: Int32Array.of(0, 3, 6), 1: Int32Array.of(0, 70, 140) };
+    const wrong: [string, Problem, unknown[]][] = [
+      ['a block that there is not', cached, given({ 2: Int32Array.of(0, 3, 1, 0) })],
+      ['a negative block', cached, given({ 2: Int32Array.of(0, 2, -1, 0) })],
+      ['too few blocks', cached, given({ 2: Int32Array.of(0, 1) })],
+      ['blocks that do not divide', cached, given({ 2: Int32Array.of(0, 2, 1) })],
+      ['no blocks', cached, given({ 2: null })],
+      ['blocks of another kind', cached, given({ 2: new Float32Array(4) })],
+      ['no lengths', cached, given({ 9: null })],
+      ['a length beyond the longest', cached, given({ 9: Int32Array.of(71, 64) })],
+      ['a negative length', cached, given({ 9: Int32Array.of(-1, 64) })],
+      ['keys that are not whole blocks', cached, given({ 4: new Float32Array(3073) })],
+      ['fewer values than keys', cached, given({ 5: new Float32Array(1536) })],
+      ['keys of another type', { ...cached, keyType: 1 }, given()],
+      ['blocks of no whole tile', { ...cached, keyBlockLength: 63 }, given()],
+      ['blocks without a length', { ...cached, keyBlockLength: 0 }, given()],
+      ['starts', { ...cached, layout: 1 }, given(starts)],
+      ['a mask', { ...cached, maskType: 1 }, given({ 6: new Uint8Array(1) })],
+      ['weights', cached, given({ 13: new Float32Array(2 * 4 * 3 * 70) })],
+    ];
+    test.each(wrong)('%s is refused', (_, header, arrays) => {
+      expect(() => call(encodeProblem(header), portable, arrays)).toThrow(internal);
+    });
+
+    test('keys of another type than the query are for caches only', () => {
+      const given: unknown[] = arrays();
+      given[4] = new Uint16Array(160);
+      given[5] = new Uint16Array(120);
+      const header = encodeProblem({ ...problem, keyType: 1 });
+      expect(() => call(header, portable, given)).toThrow(internal);
+    });
+  });
+
   /** A mask where the header says that there is none. */
   function withMask() {
-    return arrays().map((array, i) => (i === 3 ? new Uint16Array(4) : array));
+    return arrays().map((array, i) => (i === 6 ? new Uint16Array(4) : array));
   }
 });
 

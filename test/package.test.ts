@@ -26,3 +26,18 @@ describe.each(BACKENDS)('%s, memory', (backend) => {
     expect(growth).toBeLessThan(150 * MB);
   });
 });
+
+describe('memory of caches', () => {
+  test('a cache that is forgotten gives its blocks back', async () => {
+    const { freeBlocks } = await runProgram('caches', {
+      args: ['forgotten'],
+    });
+    expect(freeBlocks).toEqual([0, 8]);
+  });
+
+  test('memory counts for the garbage collector, and is given back after dispose', async () => {
+    const { bytes, most, kept } = await runProgram('caches', { args: ['disposed'] });
+    expect(most).toBeLessThan(15 * bytes); // of 40 caches, one after the other
+    expect(kept).toBeLessThan(bytes);
+  });
+});

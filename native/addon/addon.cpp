@@ -16,6 +16,7 @@
 #include "backends.h"
 #include "core/keep_mask.h"
 #include "core/queue.h"
+#include "cpu/sequences.h"
 #include "cpu/thread_pool.h"
 
 namespace sdpa {
@@ -111,7 +112,10 @@ bool is_sound(const Problem& p) {
       p.mask_type == MaskType::none ||
       (is_one_or(p.mask_batch, p.batch) && is_one_or(p.mask_heads, p.query_heads) &&
        is_one_or(p.mask_queries, p.query_length) && is_one_or(p.mask_keys, p.key_length));
-  return sizes && mask && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
+  const bool keys = p.key_block_length == 0
+                        ? p.key_type == p.type
+                        : p.key_block_length % kKeyBlockUnit == 0 && p.key_block_length <= most;
+  return sizes && mask && keys && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
          p.window_right >= -1;
 }
 
@@ -139,6 +143,16 @@ Problem read_problem(Napi::Env env, napi_value header) {
 class ArrayReader {
  public:
   ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
+
+  Napi::Env env() const { return env_; }
+
+  /// How many times `of` the length of the next array is; 0 where that is no whole number.
+  uint64_t peek_count(uint64_t of) const {
+    size_t length = 0;
+    const napi_status status =
+        napi_get_typedarray_info(env_, *next_, nullptr, &length, nullptr, nullptr, nullptr);
+    return status == napi_ok && of != 0 && length % of == 0 ? length / of : 0;
+  }
 
   /// The elements of a tensor [a, b, c, d]; null where the argument is null and may be.
   void* tensor(napi_typedarray_type type, bool optional, uint64_t a, uint64_t b = 1, uint64_t c = 1,
@@ -186,6 +200,11 @@ napi_typedarray_type array_type(MaskType type) {
                                      : napi_uint16_array;
 }
 
+/// Batch and length of a tensor with a row for each query or key; a packed batch is all length.
+struct Extent {
+  uint64_t batch, length;
+};
+
 /// A call with all that it points to. Per-batch integers are copied, since kernels use them as
 /// bounds and shared memory may change under us.
 struct CallArguments {
@@ -195,7 +214,9 @@ struct CallArguments {
   ForwardOutputs outputs{};
   BackwardTensors tensors{};
   bool is_backward;
-  std::vector<int32_t> causal_offsets, kv_lengths;
+  Sequences sequences;
+  uint64_t block_count = 0;  // of a cache
+  std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
 
   CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
       : problem(read_problem(env, values[0])), is_backward(is_backward) {
@@ -208,6 +229,7 @@ struct CallArguments {
       throw make_error(env, {StatusCode::unavailable, reason});
     }
     ArrayReader reader(env, values + 2);
+    read_sequences(env, reader);
     read_inputs(env, reader);
     if (is_backward) {
       read_backward(reader);
@@ -219,35 +241,103 @@ struct CallArguments {
   CallArguments(const CallArguments&) = delete;
 
   Status run(const CancelToken& cancel) const {
+    if (sequences.any()) {
+      return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
+                         : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
+    }
     return is_backward ? backend->backward(problem, inputs, tensors, cancel)
                        : backend->forward(problem, inputs, outputs, cancel);
   }
 
  private:
+  Extent queries() const {
+    if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
+    return {problem.batch, problem.query_length};
+  }
+  /// In a cache, a block is an entry of its own.
+  Extent keys() const {
+    if (!key_blocks.empty()) return {block_count, problem.key_block_length};
+    if (!key_starts.empty()) return {1, uint64_t(key_starts.back())};
+    return {problem.batch, problem.key_length};
+  }
+
+  /// The entries of a packed batch, or of a cache.
+  void read_sequences(Napi::Env env, ArrayReader& reader) {
+    const size_t totals = size_t{problem.batch} + 1;
+    sequences.query_starts = copy_integers(reader, totals, query_starts);
+    sequences.key_starts = copy_integers(reader, totals, key_starts);
+    sequences.table_width = reader.peek_count(problem.batch);
+    sequences.key_blocks = copy_integers(reader, problem.batch * sequences.table_width, key_blocks);
+    const bool is_packed = !query_starts.empty(), is_cache = !key_blocks.empty();
+    if (is_packed == key_starts.empty()) fail(env, "starts: one without the other");
+    if (is_cache != (problem.key_block_length > 0) || (is_cache && (is_packed || is_backward))) {
+      fail(env, "keyBlocks: not those of a cache");
+    }
+    if (!sequences.any()) return;
+    if (problem.mask_type != MaskType::none) fail(env, "sequences have no mask");
+    if (!is_packed) return;
+    if (!are_totals(query_starts, problem.query_length) ||
+        !are_totals(key_starts, problem.key_length)) {
+      fail(env, "starts: not the running totals of the stated lengths");
+    }
+    if (problem.layout != Layout::bshd) fail(env, "a packed batch is in the layout bshd");
+  }
+
+  /// Every key that an entry has must be in a block that there is.
+  void check_blocks(Napi::Env env) const {
+    if (key_blocks.empty()) return;
+    if (kv_lengths.empty()) fail(env, "kvLengths: a cache has them");
+    for (const int32_t block : key_blocks) {
+      if (block < 0 || uint64_t(block) >= block_count) fail(env, "keyBlocks: out of range");
+    }
+    const uint64_t most = sequences.table_width * uint64_t{problem.key_block_length};
+    for (const int32_t length : kv_lengths) {
+      if (uint64_t(length) > most) fail(env, "keyBlocks: too few");
+    }
+  }
+
+  static bool are_totals(const std::vector<int32_t>& starts, uint32_t most) {
+    if (starts[0] != 0) return false;
+    for (size_t b = 1; b < starts.size(); ++b) {
+      if (starts[b] < starts[b - 1] || uint32_t(starts[b] - starts[b - 1]) > most) return false;
+    }
+    return true;
+  }
+
   void read_inputs(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
     const napi_typedarray_type type = array_type(p.type);
-    inputs.query = reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.head_dim);
-    inputs.key = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.head_dim);
-    inputs.value = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.value_dim);
+    const napi_typedarray_type key_type = array_type(p.key_type);
+    const Extent q = queries();
+    inputs.query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
+    if (!key_blocks.empty()) {
+      block_count = reader.peek_count(uint64_t{p.kv_heads} * p.key_block_length * p.head_dim);
+    }
+    const Extent k = keys();
+    inputs.key = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.head_dim);
+    inputs.value = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.value_dim);
     inputs.mask = reader.tensor(array_type(p.mask_type), p.mask_type == MaskType::none,
                                 p.mask_batch, p.mask_heads, p.mask_queries, p.mask_keys);
     const bool context = p.dropout_placement == Placement::context;
     inputs.keep_mask =
         static_cast<uint8_t*>(reader.tensor(napi_uint8_array, true, p.batch, p.query_heads,
                                             p.query_length, context ? p.value_dim : p.key_length));
-    inputs.causal_offsets = copy_integers(reader, causal_offsets);
-    inputs.kv_lengths = copy_integers(reader, kv_lengths);
-    for (const int32_t length : kv_lengths) {
-      if (length < 0 || uint32_t(length) > p.key_length) fail(env, "kvLengths: out of range");
+    if (sequences.any() && inputs.keep_mask) fail(env, "keepMask: none for sequences");
+    inputs.causal_offsets = copy_integers(reader, p.batch, causal_offsets);
+    inputs.kv_lengths = copy_integers(reader, p.batch, kv_lengths);
+    for (size_t b = 0; b < kv_lengths.size(); ++b) {
+      const int32_t most =
+          key_starts.empty() ? int32_t(p.key_length) : key_starts[b + 1] - key_starts[b];
+      if (kv_lengths[b] < 0 || kv_lengths[b] > most) fail(env, "kvLengths: out of range");
     }
+    check_blocks(env);
   }
 
-  const int32_t* copy_integers(ArrayReader& reader, std::vector<int32_t>& to) {
+  const int32_t* copy_integers(ArrayReader& reader, size_t count, std::vector<int32_t>& to) {
     const auto* const from =
-        static_cast<const int32_t*>(reader.tensor(napi_int32_array, true, problem.batch));
+        static_cast<const int32_t*>(reader.tensor(napi_int32_array, true, count));
     if (!from) return nullptr;
-    to.assign(from, from + problem.batch);
+    to.assign(from, from + count);
     return to.data();
   }
 
@@ -257,29 +347,33 @@ struct CallArguments {
       return static_cast<float*>(reader.tensor(napi_float32_array, true, p.batch, p.query_heads,
                                                p.query_length, p.key_length));
     };
-    outputs.output = reader.tensor(array_type(p.type), false, p.batch, p.query_heads,
-                                   p.query_length, p.value_dim);
+    const Extent q = queries();
+    outputs.output =
+        reader.tensor(array_type(p.type), false, q.batch, p.query_heads, q.length, p.value_dim);
     outputs.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length));
+        reader.tensor(napi_float32_array, true, q.batch, p.query_heads, q.length));
     outputs.scores = matrix();
     outputs.weights = matrix();
     outputs.dropped_weights = matrix();
+    if (sequences.any() && (outputs.scores || outputs.weights || outputs.dropped_weights)) {
+      fail(reader.env(), "sequences have no [query_length, key_length] outputs");
+    }
   }
 
   void read_backward(ArrayReader& reader) {
     const Problem& p = problem;
     const napi_typedarray_type type = array_type(p.type);
+    const Extent q = queries(), k = keys();
     const auto like_output = [&] {
-      return reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.value_dim);
+      return reader.tensor(type, false, q.batch, p.query_heads, q.length, p.value_dim);
     };
     tensors.output = like_output();
     tensors.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, false, p.batch, p.query_heads, p.query_length));
+        reader.tensor(napi_float32_array, false, q.batch, p.query_heads, q.length));
     tensors.grad_output = like_output();
-    tensors.grad_query =
-        reader.tensor(type, false, p.batch, p.query_heads, p.query_length, p.head_dim);
-    tensors.grad_key = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.head_dim);
-    tensors.grad_value = reader.tensor(type, false, p.batch, p.kv_heads, p.key_length, p.value_dim);
+    tensors.grad_query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
+    tensors.grad_key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
+    tensors.grad_value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);
     const bool has_bias = p.mask_type != MaskType::none && p.mask_type != MaskType::boolean;
     tensors.grad_mask = has_bias ? reader.tensor(array_type(p.mask_type), true, p.mask_batch,
                                                  p.mask_heads, p.mask_queries, p.mask_keys)
@@ -287,7 +381,7 @@ struct CallArguments {
   }
 };
 
-constexpr size_t kForwardArguments = 14, kBackwardArguments = 16;
+constexpr size_t kForwardArguments = 17, kBackwardArguments = 19;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 

@@ -28,7 +28,9 @@ enum class Precision : uint32_t { highest, high, medium };
   FIELD(uint32_t, head_dim)  /* of query and key, 1 to 512 */                         \
   FIELD(uint32_t, value_dim) /* of value and output, 1 to 512 */                      \
   FIELD(Layout, layout)                                                               \
-  FIELD(Type, type) /* of query, key, value, output and their gradients */            \
+  FIELD(Type, type)                 /* of query, output and all gradients */          \
+  FIELD(Type, key_type)             /* of key and value */                            \
+  FIELD(uint32_t, key_block_length) /* keys in a block of a cache; 0: no blocks */    \
   FIELD(MaskType, mask_type)                                                          \
   FIELD(uint32_t, mask_batch)                                                         \
   FIELD(uint32_t, mask_heads)                                                         \
@@ -62,6 +64,9 @@ static_assert(std::is_trivially_copyable_v<Problem>, "a Problem is passed to GPU
 
 constexpr uint32_t kMaxHeadDim = 512;
 
+/// Blocks of a cache hold whole tiles of keys: no tile of any kernel crosses from one to the next.
+constexpr uint32_t kKeyBlockUnit = 64;
+
 /// Tensors that forward and backward read. Pointers to half types are to their 16-bit patterns.
 struct Inputs {
   const void* query;              // [batch, query_heads, query_length, head_dim] in bhsd
@@ -72,6 +77,9 @@ struct Inputs {
                                   // [batch, query_heads, query_length, key_length or value_dim]
   const int32_t* causal_offsets;  // [batch] or null
   const int32_t* kv_lengths;      // [batch], each in 0..key_length, or null
+  // Of a cache, or null: keys i * key_block_length on are in block key_blocks[i] of key [blocks,
+  // kv_heads, key_block_length, head_dim] and value; kernels take one batch entry.
+  const int32_t* key_blocks;
 };
 
 /// Tensors that the forward pass writes; all but the output may be null.
@@ -99,6 +107,9 @@ constexpr double multiply_adds(const Problem& p) {
   return double(p.batch) * p.query_heads * p.query_length * p.key_length *
          (p.head_dim + p.value_dim);
 }
+
+/// A call of more multiply-adds than this is worth waking other threads for: about 20 microseconds.
+constexpr double kWorthSharing = 1e6;
 
 /// Where row `position` of head `head` of batch entry `b` starts, in elements.
 constexpr size_t row_offset(Layout layout, size_t heads, size_t length, size_t width, size_t b,

@@ -43,7 +43,7 @@ struct BackwardBuffers {
   bool allocate(const Call& call, size_t chunk, size_t mask_chunk) {
     const Problem& p = call.problem;
     const size_t head = padded(p.head_dim), value = padded(p.value_dim);
-    const size_t widest = std::max(head, value), half = p.type != Type::float32;
+    const size_t widest = std::max(head, value), half = p.key_type != Type::float32;
     const size_t masked = p.mask_type != MaskType::none, dropping = call.dropout.on();
     const size_t capped = p.softcap > 0, tile = size_t{kKeyBlock} * kQueryBlock;
     const size_t keep_size = dropping * std::max<size_t>(kKeyBlock, value) * kQueryBlock;

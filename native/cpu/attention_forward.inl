@@ -24,7 +24,7 @@ struct ForwardBuffers {
   bool allocate(const Call& call) {
     const Problem& p = call.problem;
     const size_t head = padded(p.head_dim), value = padded(p.value_dim);
-    const size_t widest = std::max(head, value), half = p.type != Type::float32;
+    const size_t widest = std::max(head, value), half = p.key_type != Type::float32;
     const size_t masked = p.mask_type != MaskType::none, dropping = call.dropout.on();
     const size_t tile_size = size_t{kKeyBlock} * kQueryBlock;
     const size_t keep_size = dropping * std::max<size_t>(kKeyBlock, value) * kQueryBlock;

@@ -6,6 +6,7 @@
 
 constexpr int kQueryBlock = kLanes * kQueryVectors;
 constexpr int kKeyBlock = 64;
+static_assert(kKeyBlockUnit % kKeyBlock == 0, "a tile lies in one block of a cache");
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr size_t padded(size_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
@@ -17,8 +18,7 @@ struct Call {
   Dropout dropout;
 };
 
-/// Whether a problem is large enough to wake other threads for: about 20 microseconds of work.
-inline bool worth_sharing(const Problem& p) { return multiply_adds(p) > 1e6; }
+inline bool worth_sharing(const Problem& p) { return multiply_adds(p) > kWorthSharing; }
 
 // ------------------------------------------------------------------------------------ functions
 
@@ -260,14 +260,28 @@ inline const float* tile_rows(const Rows& rows, int count, float* copy, size_t& 
   return copy;
 }
 
-inline Rows key_rows(const Call& call, uint32_t b, uint32_t kv_head, uint32_t first) {
+/// The rows of key or value from `first` on; in a cache, those to the end of its block.
+inline Rows rows_by_key(const Call& call, const void* data, size_t width, uint32_t b,
+                        uint32_t kv_head, uint32_t first) {
   const Problem& p = call.problem;
-  return Rows::of(p, call.inputs.key, p.kv_heads, p.key_length, p.head_dim, b, kv_head, first);
+  const int32_t* const blocks = call.inputs.key_blocks;
+  if (!blocks) {
+    Rows rows = Rows::of(p, data, p.kv_heads, p.key_length, width, b, kv_head, first);
+    rows.type = p.key_type;
+    return rows;
+  }
+  const size_t block = size_t(blocks[first / p.key_block_length]);
+  const size_t row =
+      (block * p.kv_heads + kv_head) * p.key_block_length + first % p.key_block_length;
+  return {p.key_type, data, row * width, width, width};
+}
+
+inline Rows key_rows(const Call& call, uint32_t b, uint32_t kv_head, uint32_t first) {
+  return rows_by_key(call, call.inputs.key, call.problem.head_dim, b, kv_head, first);
 }
 
 inline Rows value_rows(const Call& call, uint32_t b, uint32_t kv_head, uint32_t first) {
-  const Problem& p = call.problem;
-  return Rows::of(p, call.inputs.value, p.kv_heads, p.key_length, p.value_dim, b, kv_head, first);
+  return rows_by_key(call, call.inputs.value, call.problem.value_dim, b, kv_head, first);
 }
 
 // ------------------------------------------------------------------------------ blocks of queries

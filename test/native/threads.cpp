@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "backends.h"
+#include "cpu/sequences.h"
 #include "cpu/thread_pool.h"
 
 #if defined(__has_feature)
@@ -55,6 +56,7 @@ Floats normals(size_t count, unsigned seed) {
 struct Case {
   Problem p{};
   Floats query, key, value, mask, grad_output;
+  std::vector<int32_t> query_starts, key_starts;  // of a packed batch
 
   Case(uint32_t heads, uint32_t kv_heads, uint32_t queries, uint32_t keys, uint32_t width) {
     p.batch = 1;
@@ -88,6 +90,13 @@ struct Case {
     mask = normals(size_t{p.query_length} * p.key_length, 5);
     return *this;
   }
+  Case& packed(std::vector<int32_t> queries, std::vector<int32_t> keys) {
+    p.batch = uint32_t(queries.size()) - 1;
+    p.layout = Layout::bshd;
+    query_starts = std::move(queries);
+    key_starts = std::move(keys);
+    return *this;
+  }
 };
 
 /// Each is large enough to be shared out, and has a way of its own through the kernels.
@@ -96,6 +105,8 @@ const std::vector<Case>& cases() {
       Case(4, 2, 96, 128, 32).drop_weights().biased(),  // the gradient of a mask, grouped heads
       Case(2, 2, 64, 600, 16).causal(),                 // two chunks of keys: slices of grad_query
       Case(8, 2, 1, 2000, 32),                          // few queries: chunks joined by lse
+      // Regions inside a region: a long sequence is shared out, and short ones beside it.
+      Case(2, 2, 200, 700, 16).packed({0, 96, 100, 200}, {0, 600, 650, 700}),
   };
   return all;
 }
@@ -105,7 +116,7 @@ struct Results {
 
   explicit Results(const Case& c)
       : output(c.query.size()),
-        lse(c.p.query_heads * c.p.query_length),
+        lse(c.query.size() / c.p.head_dim),
         grad_query(c.query.size()),
         grad_key(c.key.size()),
         grad_value(c.value.size()),
@@ -126,15 +137,26 @@ Status compute(const Backend& backend, const Case& c, Results& r,
                const CancelToken& cancel = CancelToken()) {
   const void* const mask = c.mask.empty() ? nullptr : c.mask.data();
   const Inputs inputs{c.query.data(), c.key.data(), c.value.data(), mask,
-                      nullptr,        nullptr,      nullptr};
+                      nullptr,        nullptr,      nullptr,        nullptr};
   const ForwardOutputs outputs{r.output.data(), r.lse.data(), nullptr, nullptr, nullptr};
+  const BackwardTensors tensors{r.output.data(),
+                                r.lse.data(),
+                                c.grad_output.data(),
+                                r.grad_query.data(),
+                                r.grad_key.data(),
+                                r.grad_value.data(),
+                                mask ? r.grad_mask.data() : nullptr};
+  if (!c.query_starts.empty()) {
+    Sequences sequences;
+    sequences.query_starts = c.query_starts.data();
+    sequences.key_starts = c.key_starts.data();
+    const Status status = forward_sequences(backend, sequences, c.p, inputs, outputs, cancel);
+    if (!status.ok()) return status;
+    return backward_sequences(backend, sequences, c.p, inputs, tensors, cancel);
+  }
   const Status status = backend.forward(c.p, inputs, outputs, cancel);
   if (!status.ok()) return status;
-  return backend.backward(
-      c.p, inputs,
-      {r.output.data(), r.lse.data(), c.grad_output.data(), r.grad_query.data(), r.grad_key.data(),
-       r.grad_value.data(), mask ? r.grad_mask.data() : nullptr},
-      cancel);
+  return backend.backward(c.p, inputs, tensors, cancel);
 }
 
 std::vector<const Backend*> available() {
