@@ -1,7 +1,7 @@
 // The operation: options to Problem, one backend call, result; forward and backward, at once or
 // as a promise.
 
-import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
+import { checkSignal, joinWords, type NoOptions, readOptions } from './arguments';
 import { abortedError, disposedError, invalidType, shapeMismatch } from './errors';
 import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
 import {
@@ -194,19 +194,16 @@ export async function scaledDotProductAttention(
   options?: AttentionOptions,
 ): Promise<Tensor> {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, await forward(withStableInputs(call), false));
 }
 
 /** Output and lse of a resolved call, beside the event loop. */
 export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
-  throwIfAborted(call.signal);
   return outputAndLse(call, await forward(withStableInputs(call), true));
 }
 
 /** As {@link runForward}, on the calling thread. */
 export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
-  throwIfAborted(call.signal);
   return outputAndLse(call, forwardSync(call, true));
 }
 
@@ -248,7 +245,6 @@ export function scaledDotProductAttentionSync(
   options?: AttentionOptions,
 ): Tensor {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, forwardSync(call, false));
 }
 
@@ -287,7 +283,6 @@ export async function attentionForward(
   options?: AttentionOptions,
 ): Promise<AttentionResult> {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   const call = withStableInputs(borrowed);
   return createResult(call, await forward(call, true));
 }
@@ -322,7 +317,6 @@ export function attentionForwardSync(
   options?: AttentionOptions,
 ): AttentionResult {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   const call = withStableInputs(borrowed); // backward reads them again
   return createResult(call, forwardSync(call, true));
 }
@@ -397,27 +391,28 @@ function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
   return call.out ?? adoptTensor(call.problem.type, output, call.outputDims);
 }
 
-function throwIfAborted(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw abortedError(signal);
-}
-
 /** Runs work that a signal can stop; the promise does not wait until the work has noticed. */
-function stoppable(
+async function stoppable(
   signal: AbortSignal | undefined,
   run: (cancel: Int32Array | null) => Promise<void>,
 ): Promise<void> {
   if (signal === undefined) return run(null);
-  return new Promise((resolve, reject) => {
-    const cancel = allocateInt32(1);
-    const work = run(cancel);
-    const stop = () => {
+  const cancel = allocateInt32(1);
+  let stop = () => {};
+  const stopped = new Promise<void>((resolve) => {
+    stop = () => {
       Atomics.store(cancel, 0, 1);
-      reject(abortedError(signal));
+      resolve();
     };
-    signal.addEventListener('abort', stop, { once: true });
-    const end = () => signal.removeEventListener('abort', stop);
-    work.then(resolve, reject).finally(end);
   });
+  // A signal need not be Node's own: what its methods throw belongs to this call's promise.
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    const fail = () => Promise.reject(abortedError(signal));
+    await Promise.race([run(cancel), stopped.then(fail)]);
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
 }
 
 /** What `backward` needs of a forward call. */
@@ -471,7 +466,6 @@ async function backward(
 ): Promise<Gradients> {
   const { call } = saved;
   const signal = readBackwardSignal(options);
-  throwIfAborted(signal);
   const gradOutput = stable(readGradOutput(call, gradOutputLike));
   const tensors = allocateGradients(saved, gradOutput);
   const { problem, backend } = call;
@@ -482,19 +476,17 @@ async function backward(
 
 function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): Gradients {
   const { call } = saved;
-  throwIfAborted(readBackwardSignal(options));
+  readBackwardSignal(options);
   const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
   call.backend.backwardSync(call.problem, inputsOf(call), tensors);
   return toGradients(call, tensors);
 }
 
-const BACKWARD_OPTIONS: ReadonlySet<string> = new Set(['signal']);
+const NO_BACKWARD_OPTIONS: NoOptions<BackwardOptions> = { signal: undefined };
 
 function readBackwardSignal(options: unknown): AbortSignal | undefined {
   if (options === undefined) return undefined;
-  checkPlainObject('options', options);
-  checkOptionNames(options, BACKWARD_OPTIONS);
-  return checkSignal('signal', (options as BackwardOptions).signal);
+  return checkSignal('signal', readOptions<BackwardOptions>(options, NO_BACKWARD_OPTIONS).signal);
 }
 
 /** The gradient of the output: of the output's type and shape. */
