@@ -302,7 +302,8 @@ void measure_head(size_t length, Type type, double spread, std::mt19937_64& gene
                         nullptr,      nullptr,    nullptr,      nullptr};
     const CancelToken cancel;
     Status status = subject.backend->forward(
-        p, inputs, {output.data(), lse.data(), nullptr, nullptr, nullptr}, cancel);
+        p, inputs, {output.data(), lse.data(), nullptr, nullptr, nullptr, nullptr, nullptr},
+        cancel);
     if (status.ok()) {
       status = subject.backend->backward(
           p, inputs,

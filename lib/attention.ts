@@ -2,7 +2,7 @@
 // as a promise.
 
 import { checkSignal, joinWords, type NoOptions, readOptions } from './arguments';
-import { abortedError, disposedError, invalidType, shapeMismatch } from './errors';
+import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
 import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
 import {
   type AttentionOptions,
@@ -11,10 +11,12 @@ import {
   type FloatArray,
   type ForwardOutputs,
   type Inputs,
+  type MomentsOptions,
   resolveCall,
   sameShape,
   scoresShape,
   WANTS_DROPPED_WEIGHTS,
+  WANTS_MOMENTS,
   WANTS_SCORES,
   WANTS_WEIGHTS,
 } from './problem';
@@ -31,7 +33,8 @@ import {
 } from './tensor';
 
 /**
- * The seed and offset that decided what was dropped.
+ * The seed and offset that decided what was dropped; with `samples: N`, the offset of the first of
+ * them: sample s has `offset + s`.
  *
  * @example
  * ```js
@@ -117,12 +120,13 @@ export interface BackwardOptions {
 export interface AttentionResult {
   /**
    * [B, Hq, Lq, Dv], in layout `'bshd'` [B, Lq, Hq, Dv], of a packed batch [totalQ, Hq, Dv]; the
-   * query's type
+   * query's type. With `samples: N` there is an axis of N before these
    */
   readonly output: Tensor;
   /**
    * [B, Hq, Lq] float32: log-sum-exp of each row's scores; -inf for a row without keys. Of a packed
-   * batch [Hq, totalQ], as flash-attention has it
+   * batch [Hq, totalQ], as flash-attention has it. Samples share it, except under `'scores'` dropout:
+   * [N, B, Hq, Lq] then
    */
   readonly lse: Tensor;
   /** What decided on dropout; null where no random number was drawn */
@@ -138,7 +142,8 @@ export interface AttentionResult {
   /**
    * The gradients for a gradient of the output, which has the output's shape and type. Drops
    * what the forward call dropped. Rejects with `ERR_SDPA_SHAPE_MISMATCH` or
-   * `ERR_SDPA_INVALID_ARG_TYPE` for another gradOutput, `ERR_SDPA_DISPOSED` after `dispose()`.
+   * `ERR_SDPA_INVALID_ARG_TYPE` for another gradOutput, `ERR_SDPA_DISPOSED` after `dispose()`,
+   * `ERR_SDPA_UNSUPPORTED` where the forward call had samples.
    */
   backward(gradOutput: TensorLike, options?: BackwardOptions): Promise<Gradients>;
   /** As `backward`, on the calling thread; throws where that rejects */
@@ -147,6 +152,38 @@ export interface AttentionResult {
   dispose(): void;
   /** Calls `dispose()` at the end of a `using` block */
   [Symbol.dispose](): void;
+}
+
+/**
+ * What {@link attentionForward} returns for {@link MomentsOptions}: the first two moments of N
+ * dropout samples, each the output of a call, in place of these outputs.
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = await attentionForward(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, dropoutPlacement: 'context', training: true, samples: 64, moments: true,
+ * });
+ * assert.deepStrictEqual(mean.dims, [1, 1, 2, 2]);
+ * assert.ok(variance.data.every((x) => x > 0));
+ * ```
+ */
+export interface AttentionMoments {
+  /** As one output, float32 whatever the query's type */
+  readonly mean: Tensor;
+  /**
+   * As one output, float32: unbiased (divided by N - 1, `torch.var`'s default). NaN where a sample
+   * is not finite
+   */
+  readonly variance: Tensor;
+  /** As in {@link AttentionResult} */
+  readonly lse: Tensor;
+  /** As in {@link AttentionResult} */
+  readonly rngState: RngState | null;
+  /** Name of the backend that computed, such as `'cpu:avx2'` */
+  readonly backend: string;
 }
 
 /**
@@ -249,6 +286,27 @@ export function scaledDotProductAttentionSync(
 }
 
 /**
+ * As below, with the moments of dropout samples in place of their outputs: see
+ * {@link MomentsOptions}.
+ *
+ * @example
+ * ```js
+ * import { attentionForward } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = await attentionForward(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, training: true, seed: 1, samples: 50, moments: true,
+ * });
+ * assert.deepStrictEqual([mean.dims, variance.dims], [tensor.dims, tensor.dims]);
+ * ```
+ */
+export function attentionForward(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options: MomentsOptions,
+): Promise<AttentionMoments>;
+/**
  * Attention with all that training needs: the output, lse, the state of the random numbers, on
  * request scores and weights, and `backward`. Otherwise as {@link scaledDotProductAttention}.
  *
@@ -276,17 +334,45 @@ export function scaledDotProductAttentionSync(
  * assert.deepStrictEqual(gradQuery.dims, [1, 1, 2, 2]);
  * ```
  */
-export async function attentionForward(
+export function attentionForward(
   query: TensorLike,
   key: TensorLike,
   value: TensorLike,
   options?: AttentionOptions,
-): Promise<AttentionResult> {
+): Promise<AttentionResult>;
+export async function attentionForward(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions | MomentsOptions,
+): Promise<AttentionResult | AttentionMoments> {
   const borrowed = resolveCall(query, key, value, options, true);
   const call = withStableInputs(borrowed);
-  return createResult(call, await forward(call, true));
+  const outputs = await forward(call, true);
+  return call.outputs & WANTS_MOMENTS ? createMoments(call, outputs) : createResult(call, outputs);
 }
 
+/**
+ * As below, with the moments of dropout samples in place of their outputs: see
+ * {@link MomentsOptions}.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4), dims: [1, 1, 2, 2] };
+ * const { mean, variance } = attentionForwardSync(tensor, tensor, tensor, {
+ *   dropoutP: 0.5, training: true, seed: 1, samples: 50, moments: true,
+ * });
+ * assert.deepStrictEqual([mean.dims, variance.dims], [tensor.dims, tensor.dims]);
+ * ```
+ */
+export function attentionForwardSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options: MomentsOptions,
+): AttentionMoments;
 /**
  * As {@link attentionForward}, on the calling thread; throws where that rejects.
  *
@@ -315,8 +401,15 @@ export function attentionForwardSync(
   key: TensorLike,
   value: TensorLike,
   options?: AttentionOptions,
-): AttentionResult {
+): AttentionResult;
+export function attentionForwardSync(
+  query: TensorLike,
+  key: TensorLike,
+  value: TensorLike,
+  options?: AttentionOptions | MomentsOptions,
+): AttentionResult | AttentionMoments {
   const borrowed = resolveCall(query, key, value, options, true);
+  if (borrowed.outputs & WANTS_MOMENTS) return createMoments(borrowed, forwardSync(borrowed, true));
   const call = withStableInputs(borrowed); // backward reads them again
   return createResult(call, forwardSync(call, true));
 }
@@ -356,39 +449,56 @@ function stable(view: TensorView): TensorView {
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
   const { problem, outputs, outputDims } = call;
-  const rows = elementCount('lse', call.lseDims);
-  const square = rows * problem.keyLength;
+  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
+  const moment = () =>
+    wantsMoments ? allocateFloat32(elementCount('output', call.sampleDims)) : null;
+  const whole = () => allocateFloats(problem.type, elementCount('output', outputDims));
   return {
-    output: output ?? allocateFloats(problem.type, elementCount('output', outputDims)),
-    lse: withLse ? allocateFloat32(rows) : null,
+    output: wantsMoments ? null : (output ?? whole()),
+    lse: withLse ? allocateFloat32(elementCount('lse', call.lseDims)) : null,
     scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
     weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
     droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
+    mean: moment(),
+    variance: moment(),
   };
 }
 
 /** Runs a forward call beside the event loop. Inputs must be stable. */
 async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
-  const { problem, backend, signal, outData } = call;
-  // A stopped call leaves its output half written, so the caller's `out` waits for the end.
-  const isAside = outData !== null && signal !== undefined;
-  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const { problem, backend, signal } = call;
+  const outputs = allocateOutputs(call, isAside(call) ? null : call.outData, withLse);
   const inputs = inputsOf(call);
   await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
-  if (!isAside) return outputs;
-  outData.set(outputs.output);
-  return { ...outputs, output: outData };
+  return withOut(call, outputs);
 }
 
 function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
-  const outputs = allocateOutputs(call, call.outData, withLse);
+  const outputs = allocateOutputs(call, isAside(call) ? null : call.outData, withLse);
   call.backend.forwardSync(call.problem, inputsOf(call), outputs);
-  return outputs;
+  return withOut(call, outputs);
+}
+
+/**
+ * Whether the caller's `out` has to wait for the end: what is stopped, or gets no memory for a later
+ * part of several, leaves its output half written.
+ */
+function isAside({ outData, signal, sequences, keyBlocks, problem }: Call): boolean {
+  if (outData === null) return false;
+  return signal !== undefined || sequences !== null || keyBlocks !== null || problem.samples > 0;
+}
+
+function withOut(call: Call, outputs: ForwardOutputs): ForwardOutputs {
+  if (!isAside(call)) return outputs;
+  const output = call.outData as FloatArray;
+  output.set(outputs.output as FloatArray);
+  return { ...outputs, output };
 }
 
 /** The output as a tensor: the caller's where there is one. */
 function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
-  return call.out ?? adoptTensor(call.problem.type, output, call.outputDims);
+  return call.out ?? adoptTensor(call.problem.type, output as FloatArray, call.outputDims);
 }
 
 /** Runs work that a signal can stop; the promise does not wait until the work has noticed. */
@@ -428,9 +538,10 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
   const shape = scoresShape(problem);
   const square = (data: Float32Array | null) =>
     data === null ? undefined : adoptTensor(FLOAT32, data, [...shape]);
-  let saved: Saved | null = { call, output: outputs.output, lse };
+  let saved: Saved | null = { call, output: outputs.output as FloatArray, lse };
   const stillSaved = () => {
     if (saved === null) throw disposedError('AttentionResult');
+    if (problem.samples > 0) throw noBackward(problem.samples);
     return saved;
   };
   const dispose = () => {
@@ -448,6 +559,26 @@ function createResult(call: Call, outputs: ForwardOutputs): AttentionResult {
     backwardSync: (gradOutput, options) => backwardSync(stillSaved(), gradOutput, options),
     dispose,
     [Symbol.dispose]: dispose,
+  };
+}
+
+function noBackward(samples: number): Error {
+  const expected =
+    'none for a forward call with samples: for the gradient of a sample, call attentionForward ' +
+    'with its offset and without samples,';
+  return unsupported('backward', expected, `samples: ${samples}`);
+}
+
+function createMoments(call: Call, outputs: ForwardOutputs): AttentionMoments {
+  const { problem, backend } = call;
+  const tensor = (data: Float32Array | null, dims: readonly number[]) =>
+    adoptTensor(FLOAT32, data as Float32Array, [...dims]);
+  return {
+    mean: tensor(outputs.mean, call.sampleDims),
+    variance: tensor(outputs.variance, call.sampleDims),
+    lse: tensor(outputs.lse, call.lseDims),
+    rngState: rngStateOf(call),
+    backend: backend.name,
   };
 }
 

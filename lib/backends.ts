@@ -61,6 +61,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 
@@ -113,6 +115,8 @@ class NativeBackend implements Backend {
       outputs.scores,
       outputs.weights,
       outputs.droppedWeights,
+      outputs.mean,
+      outputs.variance,
     );
   }
 

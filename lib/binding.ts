@@ -37,6 +37,8 @@ type ForwardArrays = [
   scores: ArrayOrNull,
   weights: ArrayOrNull,
   droppedWeights: ArrayOrNull,
+  mean: ArrayOrNull,
+  variance: ArrayOrNull,
 ];
 
 /** As for forward up to kvLengths; then output, lse and gradOutput; then what is written. */

@@ -64,7 +64,7 @@ const NO_OPTIONS: NoOptions<GeneratorOptions> = { seed: undefined, offset: undef
 const FORK_DERIVATION = 0x464f524b;
 
 // What reaches into a Generator's private fields; the class assigns it.
-let drawFrom: (generator: Generator, target: DrawnState) => void;
+let drawFrom: (generator: Generator, target: DrawnState, count: number) => void;
 let isGeneratorObject: (value: object) => boolean;
 
 /**
@@ -115,7 +115,7 @@ export class Generator {
 
   static {
     isGeneratorObject = (value) => #seedLo in value;
-    drawFrom = (generator, target) => generator.#draw(target);
+    drawFrom = (generator, target, count) => generator.#draw(target, count);
   }
 
   /**
@@ -196,7 +196,7 @@ export class Generator {
    * ```
    */
   fork(): Generator {
-    const { seedLo, seedHi, offsetLo, offsetHi } = this.#draw(newDrawnState());
+    const { seedLo, seedHi, offsetLo, offsetHi } = this.#draw(newDrawnState(), 1);
     const words = new Uint32Array(4);
     philox4x32(offsetLo, offsetHi, 0, FORK_DERIVATION, seedLo, seedHi, 10, words);
     return new Generator({ seed: joinWords(words[0], words[1]) });
@@ -209,14 +209,15 @@ export class Generator {
     this.#offsetHi = highWord(offset);
   }
 
-  /** Writes the seed and the next offset, and steps the offset modulo 2^64. */
-  #draw(target: DrawnState): DrawnState {
+  /** Writes the seed and the next offset, and steps the offset by `count` modulo 2^64. */
+  #draw(target: DrawnState, count: number): DrawnState {
     target.seedLo = this.#seedLo;
     target.seedHi = this.#seedHi;
     target.offsetLo = this.#offsetLo;
     target.offsetHi = this.#offsetHi;
-    this.#offsetLo = (this.#offsetLo + 1) >>> 0;
-    if (this.#offsetLo === 0) this.#offsetHi = (this.#offsetHi + 1) >>> 0;
+    const low = this.#offsetLo + count;
+    this.#offsetLo = low >>> 0;
+    if (low !== this.#offsetLo) this.#offsetHi = (this.#offsetHi + 1) >>> 0;
     return target;
   }
 }
@@ -225,9 +226,12 @@ function newDrawnState(): DrawnState {
   return { seedLo: 0, seedHi: 0, offsetLo: 0, offsetHi: 0 };
 }
 
-/** Takes a seed and an offset from a generator, or from the default one where it is undefined. */
-export function draw(generator: Generator | undefined, target: DrawnState): void {
-  drawFrom(generator ?? getDefaultGenerator(), target);
+/**
+ * Takes a seed and `count` offsets, of which the first is written, from a generator, or from the
+ * default one where it is undefined.
+ */
+export function draw(generator: Generator | undefined, target: DrawnState, count: number): void {
+  drawFrom(generator ?? getDefaultGenerator(), target, count);
 }
 
 /** A Generator, or undefined. */

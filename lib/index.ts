@@ -1,6 +1,12 @@
 // The public names of node-sdpa, and nothing else.
 
-export type { AttentionResult, BackwardOptions, Gradients, RngState } from './attention';
+export type {
+  AttentionMoments,
+  AttentionResult,
+  BackwardOptions,
+  Gradients,
+  RngState,
+} from './attention';
 export {
   attentionForward,
   attentionForwardSync,
@@ -32,6 +38,7 @@ export type {
   DropoutBroadcastAxis,
   DropoutPlacement,
   Layout,
+  MomentsOptions,
   Precision,
 } from './problem';
 export type { TensorData, TensorLike, TensorType } from './tensor';

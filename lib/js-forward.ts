@@ -1,7 +1,6 @@
 // Attention forward in TypeScript: blocked online softmax, one pass over the keys for each block
 // of queries; a second pass only where scores or weights are asked for.
 
-import type { TaskList } from './js-backend';
 import {
   exponential,
   type Matrix,
@@ -9,32 +8,43 @@ import {
   multiplyAddWeighted,
   scratchMatrix,
 } from './js-math';
-import { forwardSequences } from './js-sequences';
 import { StoredTensor } from './js-storage';
 import { CONTEXT, KEY_BLOCK, QUERY_BLOCK, SCORES, ScoreTile, WEIGHTS } from './js-tile';
-import type { ForwardOutputs, Inputs, Problem } from './problem';
+import type { FloatArray, ForwardOutputs, Inputs, Problem } from './problem-header';
 
-/** The tasks of a forward call; see js-backend.ts. */
-export function jsForward(problem: Problem, inputs: Inputs, outputs: ForwardOutputs): TaskList {
-  const { sequences } = inputs;
-  if (sequences) return forwardSequences(problem, inputs, sequences, outputs, jsForward);
-  const pass = new ForwardPass(problem, inputs, outputs);
-  return { count: pass.count, run: (task) => pass.run(task) };
+/** One of the calls that a pass computes together: they differ in their offsets alone. */
+export interface Sample {
+  readonly problem: Problem;
+  readonly output: FloatArray;
+  /** Called when rows of the output are written */
+  readonly onRows?: (batch: number, head: number, row: number, rows: number) => void;
 }
 
-/** Tasks are, outermost first: batch, head, block of queries, pass, part of the keys. */
-class ForwardPass {
+/** The sums of weights times values of a block of queries. */
+interface Context {
+  readonly sums: Matrix; // [QUERY_BLOCK, valueDim]
+  /** 1 where something is left to multiply values with; else the row is 0, whatever its sum. */
+  readonly rowHasWeight: Uint8Array;
+}
+
+/**
+ * One or more calls that share scores and softmax. Tasks are, outermost first: batch, head, block
+ * of queries, pass, part of the keys.
+ */
+export class ForwardPass {
   readonly count: number;
 
   private readonly tile: ScoreTile;
   private readonly storedValue: StoredTensor;
-  private readonly storedOutput: StoredTensor;
+  private readonly storedOutputs: readonly StoredTensor[];
   private readonly value: Matrix; // [KEY_BLOCK, valueDim]
-  private readonly context: Matrix; // [QUERY_BLOCK, valueDim]: sums of weights times values
+  /** One for each sample where samples drop weights of their own; else one. */
+  private readonly contexts: readonly Context[];
+  /** Room for weights, then for a context, that a sample has dropped of those it shares. */
+  private readonly dropped: Matrix | null;
+  private readonly droppedContext: Matrix | null;
   private readonly rowMax = new Float64Array(QUERY_BLOCK);
   private readonly rowSum = new Float64Array(QUERY_BLOCK);
-  /** 1 where something is left to multiply values with; else the row is 0, whatever its sum. */
-  private readonly rowHasWeight = new Uint8Array(QUERY_BLOCK);
   private readonly rowLse = new Float64Array(QUERY_BLOCK);
   private readonly contextKeep: Uint8Array;
 
@@ -43,14 +53,23 @@ class ForwardPass {
   constructor(
     private readonly problem: Problem,
     inputs: Inputs,
-    private readonly outputs: ForwardOutputs,
+    private readonly outputs: Omit<ForwardOutputs, 'output'>,
+    private readonly samples: readonly Sample[],
   ) {
     const p = problem;
     this.tile = new ScoreTile(p, inputs, false);
     this.storedValue = StoredTensor.ofKeys(p, inputs.value, p.valueDim, inputs.keyBlocks);
-    this.storedOutput = StoredTensor.ofQueries(p, outputs.output, p.valueDim);
+    this.storedOutputs = samples.map((s) => StoredTensor.ofQueries(p, s.output, p.valueDim));
     this.value = scratchMatrix(KEY_BLOCK, p.valueDim);
-    this.context = scratchMatrix(QUERY_BLOCK, p.valueDim);
+    const hasSamples = samples.length > 1;
+    const dropsWeights = this.tile.dropoutPlacement === WEIGHTS;
+    this.contexts = (dropsWeights ? samples : samples.slice(0, 1)).map(() => ({
+      sums: scratchMatrix(QUERY_BLOCK, p.valueDim),
+      rowHasWeight: new Uint8Array(QUERY_BLOCK),
+    }));
+    this.dropped = hasSamples && dropsWeights ? scratchMatrix(QUERY_BLOCK, KEY_BLOCK) : null;
+    this.droppedContext =
+      hasSamples && !dropsWeights ? scratchMatrix(QUERY_BLOCK, p.valueDim) : null;
     this.contextKeep = new Uint8Array(p.valueDim);
     this.passes = outputs.scores || outputs.weights || outputs.droppedWeights ? 2 : 1;
     const { queryBlocks, keyParts } = this.tile;
@@ -79,27 +98,31 @@ class ForwardPass {
     this.tile.placeRows(Math.floor(plane / queryHeads), plane % queryHeads, queryStart);
     this.rowMax.fill(-Infinity);
     this.rowSum.fill(0);
-    this.rowHasWeight.fill(0);
-    this.context.data.fill(0);
+    for (const { sums, rowHasWeight } of this.contexts) {
+      sums.data.fill(0);
+      rowHasWeight.fill(0);
+    }
   }
 
-  /** Takes the tile's scores into the running softmax and its values into the context. */
+  /** Takes the tile's scores into the running softmax and its values into the contexts. */
   private attend(): void {
-    const { tile, value, context } = this;
+    const { tile, value } = this;
     if (tile.dropoutPlacement === SCORES) tile.dropScores();
     for (let row = tile.rowBegin; row < tile.rowEnd; row++) this.exponentiateRow(row);
-    if (tile.dropoutPlacement === WEIGHTS) this.dropWeights();
     const { batch, kvHead, keyStart, keys } = tile;
-    if (tile.isSingleRow) {
-      this.storedValue.addRows(batch, kvHead, keyStart, keys, tile.scores.data, context.data);
-      return;
-    }
-    const finite = this.storedValue.read(batch, kvHead, keyStart, keys, value);
+    const finite = tile.isSingleRow || this.storedValue.read(batch, kvHead, keyStart, keys, value);
     const multiply = finite ? multiplyAdd : multiplyAddWeighted;
     const rows = tile.rowEnd - tile.rowBegin;
-    const { valueDim } = this.problem;
-    context.start = tile.rowBegin * context.rowStep;
-    multiply(context, tile.scores, value, rows, valueDim, keys, tile.scores.data);
+    for (let i = 0; i < this.contexts.length; i++) {
+      const { sums } = this.contexts[i];
+      const weights = tile.dropoutPlacement === WEIGHTS ? this.dropWeights(i) : tile.scores;
+      if (tile.isSingleRow) {
+        this.storedValue.addRows(batch, kvHead, keyStart, keys, weights.data, sums.data);
+        continue;
+      }
+      sums.start = tile.rowBegin * sums.rowStep;
+      multiply(sums, weights, value, rows, this.problem.valueDim, keys, weights.data);
+    }
   }
 
   /** Turns a row of scores into exp(score - running maximum), rescaling what came before. */
@@ -123,71 +146,97 @@ class ForwardPass {
       sum += weight;
     }
     this.rowSum[row] += sum;
-    if (sum !== 0 && this.tile.dropoutPlacement !== WEIGHTS) this.rowHasWeight[row] = 1;
+    if (sum !== 0 && this.tile.dropoutPlacement !== WEIGHTS) this.contexts[0].rowHasWeight[row] = 1;
   }
 
   private rescaleRow(row: number, factor: number): void {
-    const { data, rowStep } = this.context;
     this.rowSum[row] *= factor;
-    const start = row * rowStep;
-    if (factor === 0) {
-      this.rowHasWeight[row] = 0;
-      data.fill(0, start, start + rowStep); // also what came from infinite values
-    } else {
-      for (let d = start; d < start + rowStep; d++) data[d] *= factor;
+    for (const { sums, rowHasWeight } of this.contexts) {
+      const { data, rowStep } = sums;
+      const start = row * rowStep;
+      if (factor === 0) {
+        rowHasWeight[row] = 0;
+        data.fill(0, start, start + rowStep); // also what came from infinite values
+      } else {
+        for (let d = start; d < start + rowStep; d++) data[d] *= factor;
+      }
     }
   }
 
-  /** Row sums stay those of all keys; the kept weights' scale follows at the end. */
-  private dropWeights(): void {
-    const { tile } = this;
+  /**
+   * The tile's weights under the dropout of a sample. Row sums stay those of all keys; the kept
+   * weights' scale follows at the end.
+   */
+  private dropWeights(sample: number): Matrix {
+    const { tile, samples } = this;
+    if (samples.length > 1) tile.chooseSample(samples[sample].problem);
     tile.decide();
     const weights = tile.scores.data;
+    const dropped = this.dropped ?? tile.scores;
+    dropped.start = tile.scores.start;
     for (let row = tile.rowBegin; row < tile.rowEnd; row++) {
       const start = row * tile.scores.rowStep;
       let left = 0;
       for (let j = start; j < start + tile.keys; j++) {
-        if (tile.keep[j] === 0) weights[j] = 0;
-        else left += weights[j];
+        const weight = tile.keep[j] === 0 ? 0 : weights[j];
+        dropped.data[j] = weight;
+        left += weight;
       }
-      if (left !== 0) this.rowHasWeight[row] = 1;
+      if (left !== 0) this.contexts[sample].rowHasWeight[row] = 1;
     }
+    return dropped;
   }
 
   /** Divides by the row sums, applies what dropout is left to apply, and stores. */
   private finishRows(): void {
-    const { tile, problem, context } = this;
+    const { tile, problem, contexts, samples } = this;
     const { batch, head, queryStart, rows } = tile;
-    const scale = tile.dropoutPlacement === WEIGHTS ? tile.keepScale : 1;
-    for (let row = 0; row < rows; row++) {
-      const sum = this.rowSum[row];
-      const start = row * context.rowStep;
-      if (this.rowHasWeight[row] === 0 || scale === 0) {
-        context.data.fill(0, start, start + context.rowStep);
-      } else {
-        const factor = scale / sum;
-        for (let d = start; d < start + problem.valueDim; d++) context.data[d] *= factor;
-      }
-      if (tile.dropoutPlacement === CONTEXT) this.dropContextRow(row);
-      this.rowLse[row] = this.rowMax[row] + Math.log(sum);
+    for (const context of contexts) this.normalise(context);
+    for (let i = 0; i < samples.length; i++) {
+      const context = tile.dropoutPlacement === CONTEXT ? this.dropContext(i) : contexts[i].sums;
+      context.start = 0;
+      this.storedOutputs[i].write(batch, head, queryStart, rows, context, 1);
+      samples[i].onRows?.(batch, head, queryStart, rows);
     }
-    context.start = 0;
-    this.storedOutput.write(batch, head, queryStart, rows, context, 1);
     const lse = this.outputs.lse;
     if (lse === null) return;
     const from = (batch * problem.queryHeads + head) * problem.queryLength + queryStart;
     for (let row = 0; row < rows; row++) lse[from + row] = this.rowLse[row];
   }
 
-  private dropContextRow(row: number): void {
-    const { tile, contextKeep, context } = this;
-    const { valueDim } = this.problem;
-    tile.decideRow(row, 0, valueDim, valueDim, contextKeep, 0);
-    const start = row * context.rowStep;
-    for (let d = 0; d < valueDim; d++) {
-      const kept = contextKeep[d] !== 0 && tile.keepScale !== 0;
-      context.data[start + d] = kept ? context.data[start + d] * tile.keepScale : 0;
+  private normalise({ sums, rowHasWeight }: Context): void {
+    const { tile, problem } = this;
+    const { data, rowStep } = sums;
+    const scale = tile.dropoutPlacement === WEIGHTS ? tile.keepScale : 1;
+    for (let row = 0; row < tile.rows; row++) {
+      const sum = this.rowSum[row];
+      const start = row * rowStep;
+      if (rowHasWeight[row] === 0 || scale === 0) {
+        data.fill(0, start, start + rowStep);
+      } else {
+        const factor = scale / sum;
+        for (let d = start; d < start + problem.valueDim; d++) data[d] *= factor;
+      }
+      this.rowLse[row] = this.rowMax[row] + Math.log(sum);
     }
+  }
+
+  /** The context under the dropout of a sample. */
+  private dropContext(sample: number): Matrix {
+    const { tile, contextKeep, samples } = this;
+    const { valueDim } = this.problem;
+    const { sums } = this.contexts[0];
+    const dropped = this.droppedContext ?? sums;
+    if (samples.length > 1) tile.chooseSample(samples[sample].problem);
+    for (let row = 0; row < tile.rows; row++) {
+      tile.decideRow(row, 0, valueDim, valueDim, contextKeep, 0);
+      const start = row * sums.rowStep;
+      for (let d = 0; d < valueDim; d++) {
+        const kept = contextKeep[d] !== 0 && tile.keepScale !== 0;
+        dropped.data[start + d] = kept ? sums.data[start + d] * tile.keepScale : 0;
+      }
+    }
+    return dropped;
   }
 
   /** Where a row's [keyLength] part of scores and weights begins. */

@@ -68,7 +68,7 @@ export function forwardSequences(
     const entry = entryOf(problem, inputs, sequences, b);
     const { queryHeads, queryLength, keyLength, valueDim } = entry.problem;
     const lse = new Float32Array(queryHeads * queryLength);
-    const output = entry.ofQueries(outputs.output, valueDim);
+    const output = entry.ofQueries(outputs.output as FloatArray, valueDim);
     const store = () => {
       eachHead(problem, sequences, b, outputs.lse, (head, rows) => {
         rows.set(lse.subarray(head * queryLength, (head + 1) * queryLength));

@@ -156,7 +156,8 @@ export class StoredTensor {
     }
   }
 
-  private rowStart(batch: number, head: number, row: number): number {
+  /** Where a row begins, in elements. */
+  rowStart(batch: number, head: number, row: number): number {
     if (this.blocks !== null) {
       const block = this.blocks[batch * this.tableWidth + Math.floor(row / this.blockLength)];
       const inBlock = row % this.blockLength;

@@ -61,7 +61,7 @@ export class ScoreTile {
 
   readonly dropoutPlacement: number;
   readonly keepScale: number;
-  private readonly dropout: ResolvedDropout;
+  private dropout: ResolvedDropout;
 
   private readonly storedQuery: StoredTensor;
   private readonly storedKey: StoredTensor;
@@ -155,6 +155,11 @@ export class ScoreTile {
     if (this.inputs.mask) this.applyMask(this.inputs.mask);
     this.excludeUnseen();
     return true;
+  }
+
+  /** Goes to another sample: a call that differs from this one in its offset alone. */
+  chooseSample(sample: Problem): void {
+    this.dropout = resolveDropout(sample);
   }
 
   /** Draws or reads the decisions of the tile's elements. */

@@ -55,6 +55,8 @@ export interface Problem {
   readonly keyOffset: number;
   /** 0 highest, 1 high, 2 medium */
   readonly precision: number;
+  /** 0 for an ordinary call; else this many outputs, with offset, offset + 1, ... */
+  readonly samples: number;
 }
 
 /**
@@ -83,13 +85,18 @@ export interface Inputs {
   readonly keyBlocks: Int32Array | null;
 }
 
-/** The arrays that a forward call writes; null where not wanted. */
+/**
+ * The arrays that a forward call writes; null where not wanted. A call with samples writes N
+ * outputs or, instead, their mean and variance, and no matrices.
+ */
 export interface ForwardOutputs {
-  readonly output: FloatArray; // [B, Hq, Lq, Dv]
-  readonly lse: Float32Array | null; // [B, Hq, Lq]
+  readonly output: FloatArray | null; // [B, Hq, Lq, Dv]; [N, B, Hq, Lq, Dv] with samples
+  readonly lse: Float32Array | null; // [B, Hq, Lq]; [N, B, Hq, Lq] with samples of `scores` dropout
   readonly scores: Float32Array | null; // [B, Hq, Lq, Lk]
   readonly weights: Float32Array | null; // [B, Hq, Lq, Lk]
   readonly droppedWeights: Float32Array | null; // [B, Hq, Lq, Lk]
+  readonly mean: Float32Array | null; // [B, Hq, Lq, Dv]
+  readonly variance: Float32Array | null; // [B, Hq, Lq, Dv]
 }
 
 /** What a backward call reads (output, lse, gradOutput) and writes (the gradients). */
@@ -139,6 +146,7 @@ export const PROBLEM_FIELDS: readonly (keyof Problem)[] = [
   'queryOffset',
   'keyOffset',
   'precision',
+  'samples',
 ];
 
 /** Writes a Problem as one flat header for the native addon: its fields in order. */
@@ -180,5 +188,6 @@ export function encodeProblem(
   header[31] = p.queryOffset;
   header[32] = p.keyOffset;
   header[33] = p.precision;
+  header[34] = p.samples;
   return header;
 }

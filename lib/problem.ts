@@ -266,6 +266,29 @@ export interface AttentionOptions {
    * [B, Hq, Lq, Dv] for `'context'`, in either layout. What is kept is multiplied by 1 / (1 - p).
    */
   readonly keepMask?: TensorLike;
+  /**
+   * N dropout samples in one call (Monte-Carlo dropout, arXiv 1506.02142): the output gains a
+   * leading axis of N, and sample s is, bit for bit, what the call with `offset + s` (modulo 2^64)
+   * gives. A generator goes on N offsets. For `'weights'` and `'context'` dropout scores and softmax
+   * are computed once; `'scores'` dropout costs as much as N calls. Without dropout all samples are
+   * equal. Backward and the [Lq, Lk] outputs are for calls without samples. Default: none, and no
+   * such axis
+   *
+   * @example
+   * ```js
+   * import { scaledDotProductAttentionSync } from 'node-sdpa';
+   * import assert from 'node:assert';
+   * const tensor = { data: Float32Array.of(1, 2, 3, 4, 5, 6, 7, 8), dims: [1, 1, 2, 4] };
+   * const dropout = { dropoutP: 0.5, training: true, seed: 1 };
+   * const run = (more) => scaledDotProductAttentionSync(tensor, tensor, tensor, more);
+   * const output = run({ ...dropout, offset: 7, samples: 3 });
+   * assert.deepStrictEqual(output.dims, [3, 1, 1, 2, 4]);
+   * assert.deepStrictEqual(output.data.slice(16), run({ ...dropout, offset: 9 }).data);
+   * ```
+   */
+  readonly samples?: number;
+  /** Mean and variance in place of the samples' outputs: see {@link MomentsOptions} */
+  readonly moments?: false;
   /** Position of this shard's first batch entry in the whole, for dropout. Default: 0 */
   readonly batchOffset?: number;
   /** Position of this shard's first query head in the whole, for dropout. Default: 0 */
@@ -299,6 +322,33 @@ export interface AttentionOptions {
   readonly outputs?: readonly AttentionOutputName[];
 }
 
+/**
+ * The options of `attentionForward` where it gives the mean and the variance of N dropout samples
+ * in place of N outputs. They need no memory for these, and every element is summed in float64.
+ *
+ * @example
+ * ```js
+ * import { attentionForwardSync } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const tensor = { data: Float32Array.of(1, 2, 3, 4, 5, 6, 7, 8), dims: [1, 1, 2, 4] };
+ * const dropout = { dropoutP: 0.5, training: true, seed: 1, samples: 100 };
+ * const { mean, variance } = attentionForwardSync(tensor, tensor, tensor, {
+ *   ...dropout, moments: true,
+ * });
+ * const { data } = attentionForwardSync(tensor, tensor, tensor, dropout).output;
+ * const first = Array.from({ length: 100 }, (_, s) => data[8 * s]);
+ * const average = first.reduce((sum, x) => sum + x) / 100;
+ * const spread = first.reduce((sum, x) => sum + (x - average) ** 2, 0) / 99;
+ * assert.ok(Math.abs(mean.data[0] - average) < 1e-6 * average);
+ * assert.ok(Math.abs(variance.data[0] - spread) < 1e-6 * spread);
+ * ```
+ */
+export interface MomentsOptions extends Omit<AttentionOptions, 'moments' | 'out'> {
+  /** At least 2: one sample has no variance */
+  readonly samples: number;
+  readonly moments: true;
+}
+
 /** A call with every default resolved and every argument checked. */
 export interface Call {
   readonly problem: Problem;
@@ -312,13 +362,15 @@ export interface Call {
   readonly kvLengths: Int32Array | null;
   readonly sequences: Sequences | null;
   readonly keyBlocks: Int32Array | null;
+  /** Of one output, and of all where there are samples */
+  readonly sampleDims: readonly number[];
   readonly outputDims: readonly number[];
   readonly lseDims: readonly number[];
   /** The caller's tensor for the output, and its elements */
   readonly out: Tensor | undefined;
   readonly outData: FloatArray | null;
   readonly signal: AbortSignal | undefined;
-  /** Bits WANTS_SCORES, WANTS_WEIGHTS, WANTS_DROPPED_WEIGHTS */
+  /** Bits WANTS_SCORES, WANTS_WEIGHTS, WANTS_DROPPED_WEIGHTS, WANTS_MOMENTS */
   readonly outputs: number;
 }
 
@@ -330,9 +382,11 @@ const OUTPUT_NAMES: readonly AttentionOutputName[] = ['lse', 'scores', 'weights'
 export const WANTS_SCORES = 2;
 export const WANTS_WEIGHTS = 4;
 export const WANTS_DROPPED_WEIGHTS = 8;
+export const WANTS_MOMENTS = 16;
 
 const BSHD = 1;
 const CONTEXT = 1;
+const SCORES = 2;
 const MASK_NONE = 0;
 const MASK_BOOL = 1;
 const LARGEST_INT32 = 2 ** 31 - 1;
@@ -363,6 +417,8 @@ const NO_OPTIONS: NoOptions<AttentionOptions> = {
   offset: undefined,
   generator: undefined,
   keepMask: undefined,
+  samples: undefined,
+  moments: undefined,
   batchOffset: undefined,
   headOffset: undefined,
   queryOffset: undefined,
@@ -411,7 +467,9 @@ export function resolveCall(
   const kvLengths = resolveKvLengths(problem, given.kvLengths, sequences);
   resolveShard(problem, given);
   const isDropping = resolveDropout(problem, given, keepMask);
-  const outputs = resolveOutputs(problem, given.outputs, allowsOutputs);
+  const outputs =
+    resolveOutputs(problem, given.outputs, allowsOutputs) |
+    resolveSamples(problem, given, allowsOutputs);
   if (isPacked && outputs > 1) {
     throw unsupported('outputs', 'none but "lse" together with cuSeqlens', describe(given.outputs));
   }
@@ -423,7 +481,8 @@ export function resolveCall(
   checkLength('value', value);
   if (mask !== null) checkLength('attnMask', mask);
   if (keepMask !== null) checkLength('keepMask', keepMask);
-  const outputDims = outputShape(problem, sequences);
+  const sampleDims = sampleShape(problem, sequences);
+  const outputDims = outputShape(problem, sampleDims);
   const { out } = given;
   const outData =
     out === undefined
@@ -442,6 +501,7 @@ export function resolveCall(
     kvLengths,
     sequences,
     keyBlocks: null,
+    sampleDims,
     outputDims,
     lseDims: lseShape(problem, sequences),
     out: out as Tensor | undefined,
@@ -486,7 +546,8 @@ export function resolveCachedCall(
   const signal = checkSignal('signal', given.signal);
   const backend = selectBackend(given.backend);
   checkLength('query', query);
-  const outputDims = outputShape(problem, null);
+  const sampleDims = sampleShape(problem, null);
+  const outputDims = outputShape(problem, sampleDims);
   const { out } = given;
   const outData = out === undefined ? null : readOut(out, problem, outputDims, [query]);
   resolveSeed(problem, given, isDropping);
@@ -506,6 +567,7 @@ export function resolveCachedCall(
     kvLengths: lengths,
     sequences: null,
     keyBlocks: blocks,
+    sampleDims,
     outputDims,
     lseDims: lseShape(problem, null),
     out: out as Tensor | undefined,
@@ -586,6 +648,7 @@ export function newProblem(): Draft {
     queryOffset: 0,
     keyOffset: 0,
     precision: 0,
+    samples: 0,
   };
 }
 
@@ -682,7 +745,7 @@ function resolveSequences(problem: Draft, given: Given, totalQ: number, totalK: 
     const expected = `${queryStarts.length} running totals, as in cuSeqlens.query`;
     throw shapeMismatch('cuSeqlens.key', expected, String(keyStarts.length));
   }
-  for (const name of ['attnMask', 'keepMask'] as const) {
+  for (const name of ['attnMask', 'keepMask', 'samples'] as const) {
     if (given[name] !== undefined) throw unsupported(name, 'none together with cuSeqlens', 'one');
   }
   if (given.layout === 'bhsd') {
@@ -796,18 +859,24 @@ export function scoresShape(problem: Problem): number[] {
   return [problem.batch, problem.queryHeads, problem.queryLength, problem.keyLength];
 }
 
-/** Shape of the output in the call's layout. */
-function outputShape(p: Problem, sequences: Sequences | null): number[] {
+/** Shape of one output in the call's layout: also of the moments of samples. */
+function sampleShape(p: Problem, sequences: Sequences | null): number[] {
   if (sequences) return [sequences.queryStarts[p.batch], p.queryHeads, p.valueDim];
   return p.layout === BSHD
     ? [p.batch, p.queryLength, p.queryHeads, p.valueDim]
     : [p.batch, p.queryHeads, p.queryLength, p.valueDim];
 }
 
-/** Shape of lse, the same in either layout. */
+/** Shape of the whole output: samples have an axis of their own. */
+function outputShape({ samples }: Problem, sampleDims: readonly number[]): readonly number[] {
+  return samples > 0 ? [samples, ...sampleDims] : sampleDims;
+}
+
+/** Shape of lse, the same in either layout; samples have an axis where each drops its own scores. */
 function lseShape(p: Problem, sequences: Sequences | null): number[] {
   if (sequences) return [p.queryHeads, sequences.queryStarts[p.batch]];
-  return [p.batch, p.queryHeads, p.queryLength];
+  const one = [p.batch, p.queryHeads, p.queryLength];
+  return p.samples > 0 && p.dropoutPlacement === SCORES ? [p.samples, ...one] : one;
 }
 
 /** Scale and softcap: rounded to float32 here, so that every backend has the same number. */
@@ -990,7 +1059,7 @@ function resolveSeed(problem: Draft, given: Given, isRandom: boolean): void {
   }
   if (seed === undefined) {
     if (offset !== undefined) throw valueError('offset: expected a seed with it, got none');
-    if (isRandom) draw(generator, problem);
+    if (isRandom) draw(generator, problem, Math.max(problem.samples, 1));
     return;
   }
   const start = checkUint64('seed', seed);
@@ -1015,6 +1084,29 @@ function resolveOutputs(problem: Problem, outputs: unknown, isAllowed: boolean):
   const bits = checkWordList('outputs', outputs, OUTPUT_NAMES);
   if (bits > 1) elementCount('outputs', scoresShape(problem));
   return bits;
+}
+
+/** How many samples there are, and whether their moments are wanted in place of outputs, as a bit. */
+function resolveSamples(problem: Draft, given: Given, allowsMoments: boolean): number {
+  const { samples, outputs } = given;
+  const moments = checkBoolean('moments', given.moments, false);
+  if (samples === undefined) {
+    if (moments) throw typeError('samples: expected how many, because moments is true, got none');
+    return 0;
+  }
+  problem.samples = checkInteger('samples', samples, 1, LARGEST_INT32);
+  if (checkWordList('outputs', outputs, OUTPUT_NAMES) > 1) {
+    throw unsupported('outputs', 'only "lse" together with samples', describe(outputs));
+  }
+  if (!moments) return 0;
+  if (!allowsMoments) {
+    throw typeError('moments: expected none, as only attentionForward returns them');
+  }
+  if (samples === 1) throw invalidValue('samples', 'at least 2 where moments is true', '1');
+  if (given.out !== undefined) {
+    throw valueError('out: expected none together with moments, which give no output');
+  }
+  return WANTS_MOMENTS;
 }
 
 /** The caller's tensor for the output: like the output, and apart from all inputs. */

@@ -285,7 +285,6 @@ const OPTIONS: Case[] = [
     '"dropout_p" … did you mean "dropoutP"',
   ],
   ['an unknown option', option({ alibiSlopes: [] }), TYPE, '"alibiSlopes"'],
-  ['samples, which are none yet', option({ samples: 3 }), TYPE, '"samples"'],
   ['isCausal a number', option({ isCausal: 1 }), TYPE, 'isCausal … a boolean … got 1'],
   ['causalOffset a fraction', option({ causalOffset: 0.5 }), VALUE, 'causalOffset … got 0.5'],
   ['causalOffset NaN', option({ causalOffset: Number.NaN }), VALUE, 'causalOffset … got NaN'],
@@ -723,6 +722,53 @@ const FORWARD_ONLY: Case[] = [
   ['outputs with a number', option({ outputs: ['lse', 3] }), TYPE, 'outputs[1] … got 3'],
 ];
 
+/** What samples and their moments do not take. */
+const SAMPLES: Case[] = [
+  ['samples 0', option({ ...dropout, samples: 0 }), VALUE, 'samples … from 1 to … got 0'],
+  ['samples negative', option({ ...dropout, samples: -2 }), VALUE, 'samples … got -2'],
+  ['samples a fraction', option({ ...dropout, samples: 1.5 }), VALUE, 'samples … got 1.5'],
+  ['samples NaN', option({ ...dropout, samples: Number.NaN }), VALUE, 'samples … got NaN'],
+  ['samples a text', option({ ...dropout, samples: '3' }), TYPE, 'samples … got "3"'],
+  ['2^31 samples', option({ ...dropout, samples: 2 ** 31 }), VALUE, 'samples … 2147483647'],
+  ['moments a number', option({ ...dropout, samples: 3, moments: 1 }), TYPE, 'moments … got 1'],
+  ['moments without samples', option({ ...dropout, moments: true }), TYPE, 'samples … moments'],
+  [
+    'an output without the axis of samples',
+    option({
+      ...dropout,
+      samples: 2,
+      out: new Tensor('float32', new Float32Array(144), [2, 4, 3, 6]),
+    }),
+    SHAPE,
+    'out: expected [2, 2, 4, 3, 6], got [2, 4, 3, 6]',
+  ],
+];
+
+/** Those that only attentionForward can tell. */
+const MOMENTS: Case[] = [
+  [
+    'one sample has no variance',
+    option({ ...dropout, samples: 1, moments: true }),
+    VALUE,
+    'samples … at least 2 … got 1',
+  ],
+  [
+    'moments give no output',
+    option({
+      ...{ ...dropout, samples: 2, moments: true },
+      out: new Tensor('float32', new Float32Array(144), [2, 4, 3, 6]),
+    }),
+    VALUE,
+    'out … none … moments',
+  ],
+  [
+    'matrices of samples',
+    option({ ...dropout, samples: 2, outputs: ['lse', 'weights'] }),
+    UNSUPPORTED,
+    'outputs … samples … ["lse", "weights"]',
+  ],
+];
+
 /** The arguments of a case; its options are on top of those that the good call has. */
 function argumentsOf(given: Given, more: AttentionOptions = {}) {
   const { options } = given;
@@ -789,6 +835,7 @@ describe.each([
   ['dropout', DROPOUT],
   ['packed batches', PACKING],
   ['out', OUT],
+  ['samples', SAMPLES],
 ])('%s', (_, cases) => {
   test.each(cases)('%s', async (_, given, code, message) => {
     for (const compute of [scaledDotProductAttentionSync, attentionForwardSync]) {
@@ -815,7 +862,7 @@ describe.each([
 });
 
 describe('outputs of attentionForward', () => {
-  test.each(FORWARD_ONLY)('%s', async (_, given, code, message) => {
+  test.each([...FORWARD_ONLY, ...MOMENTS])('%s', async (_, given, code, message) => {
     check(
       thrownBy(() => attentionForwardSync(...argumentsOf(given))),
       code,
@@ -837,6 +884,27 @@ test('an [Lq, Lk] output that no array can hold is out of memory at once', async
   const options = { outputs: ['weights'] } as const;
   const compute = () => attentionForwardSync(long, long, long, { outputs: [...options.outputs] });
   check(thrownBy(compute), 'ERR_SDPA_OUT_OF_MEMORY', 'memory');
+});
+
+describe('samples', () => {
+  const options: AttentionOptions = { ...GOOD, ...dropout, seed: 1, samples: 2 };
+
+  test('have no backward', async () => {
+    const { output, backward, backwardSync } = attentionForwardSync(query, key, value, options);
+    const message = 'backward … samples … without samples … got samples: 2';
+    check(
+      thrownBy(() => backwardSync(output)),
+      UNSUPPORTED,
+      message,
+    );
+    check(await backward(output).catch((reason: unknown) => reason), UNSUPPORTED, message);
+  });
+
+  test('scaledDotProductAttention has no moments to return', async () => {
+    const moments = { ...options, moments: true } as unknown as AttentionOptions;
+    const error = thrownBy(() => scaledDotProductAttentionSync(query, key, value, moments));
+    check(error, TYPE, 'moments … attentionForward');
+  });
 });
 
 describe('backward', () => {

@@ -66,13 +66,13 @@ describe('native code checks for itself what it reads and writes', () => {
   const internal = expect.objectContaining({ code: 'ERR_SDPA_INTERNAL' });
 
   /**
-   * No starts and no blocks; query, key, value, no mask, and the output: of 2 x 4 x 3 x 8, 2 x 2 x 5 x 8 and
-   * 2 x 2 x 5 x 6.
+   * No starts and no blocks; query, key, value, no mask, and the output: of 2 x 4 x 3 x 8,
+   * 2 x 2 x 5 x 8 and 2 x 2 x 5 x 6.
    */
   function arrays() {
     const inputs = [new Float32Array(192), new Float32Array(160), new Float32Array(120)];
-    const output = new Float32Array(144);
-    return [null, null, null, ...inputs, null, null, null, null, output, null, null, null, null];
+    const results = [new Float32Array(144), ...new Array(6).fill(null)];
+    return [null, null, null, ...inputs, null, null, null, null, ...results];
   }
 
   const forwardSync = native.forwardSync as (...values: unknown[]) => void;
@@ -114,7 +114,7 @@ describe('native code checks for itself what it reads and writes', () => {
       undefined,
     ];
     const needed = [3, 4, 5, 10];
-    for (let i = 0; i < 15; i++) {
+    for (let i = 0; i < 17; i++) {
       for (const array of [...wrong, ...(needed.includes(i) ? [null] : [])]) {
         const given: unknown[] = arrays();
         given[i] = array;

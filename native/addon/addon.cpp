@@ -4,6 +4,7 @@
 // here, because memory safety must not depend on JavaScript; a failure is reported as internal.
 #include <napi.h>
 
+#include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <limits>
@@ -106,7 +107,7 @@ bool is_sound(const Problem& p) {
   const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
                      p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
                      p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
-                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim &&
+                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim && p.samples <= most &&
                      p.query_heads % p.kv_heads == 0;
   const bool mask =
       p.mask_type == MaskType::none ||
@@ -230,11 +231,14 @@ struct CallArguments {
     }
     ArrayReader reader(env, values + 2);
     read_sequences(env, reader);
+    if (problem.samples > 0 && (is_backward || sequences.any())) {
+      fail(env, "header: samples are of an ordinary forward call");
+    }
     read_inputs(env, reader);
     if (is_backward) {
       read_backward(reader);
     } else {
-      read_forward(reader);
+      read_forward(env, reader);
     }
   }
 
@@ -341,22 +345,32 @@ struct CallArguments {
     return to.data();
   }
 
-  void read_forward(ArrayReader& reader) {
+  void read_forward(Napi::Env env, ArrayReader& reader) {
     const Problem& p = problem;
-    const auto matrix = [&] {
-      return static_cast<float*>(reader.tensor(napi_float32_array, true, p.batch, p.query_heads,
-                                               p.query_length, p.key_length));
+    const bool has_samples = p.samples > 0;
+    const bool shares_lse = p.dropout_placement != Placement::scores;
+    const auto floats = [&](uint32_t width) {
+      return static_cast<float*>(
+          reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length, width));
     };
     const Extent q = queries();
     outputs.output =
-        reader.tensor(array_type(p.type), false, q.batch, p.query_heads, q.length, p.value_dim);
-    outputs.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, true, q.batch, p.query_heads, q.length));
-    outputs.scores = matrix();
-    outputs.weights = matrix();
-    outputs.dropped_weights = matrix();
-    if (sequences.any() && (outputs.scores || outputs.weights || outputs.dropped_weights)) {
-      fail(reader.env(), "sequences have no [query_length, key_length] outputs");
+        reader.tensor(array_type(p.type), has_samples, q.batch * (has_samples ? p.samples : 1),
+                      p.query_heads, q.length, p.value_dim);
+    outputs.lse = static_cast<float*>(reader.tensor(
+        napi_float32_array, true, q.batch * (has_samples && !shares_lse ? p.samples : 1),
+        p.query_heads, q.length));
+    outputs.scores = floats(p.key_length);
+    outputs.weights = floats(p.key_length);
+    outputs.dropped_weights = floats(p.key_length);
+    outputs.mean = floats(p.value_dim);
+    outputs.variance = floats(p.value_dim);
+    const bool has_matrix = outputs.scores || outputs.weights || outputs.dropped_weights;
+    const bool has_moments = outputs.mean && outputs.variance;
+    if ((outputs.mean || outputs.variance) != has_moments ||
+        (outputs.output != nullptr) == has_moments || (has_moments && !has_samples) ||
+        (has_matrix && (has_samples || sequences.any()))) {
+      fail(env, "outputs that do not go together");
     }
   }
 
@@ -381,7 +395,7 @@ struct CallArguments {
   }
 };
 
-constexpr size_t kForwardArguments = 17, kBackwardArguments = 19;
+constexpr size_t kForwardArguments = 19, kBackwardArguments = 19;
 
 // ------------------------------------------------------------------------------ asynchronous calls
 
@@ -535,82 +549,92 @@ void AsyncCall::run() {
 
 // ------------------------------------------------------------------------------------- functions
 
-/// Fills `values` with exactly `count` arguments.
-void take_arguments(const Napi::CallbackInfo& info, size_t count, napi_value* values) {
-  if (info.Length() != count) fail(info.Env(), "wrong number of arguments");
-  for (size_t i = 0; i < count; ++i) values[i] = info[i];
+/// The most arguments that any function takes.
+constexpr size_t kMostArguments = 1 + std::max(kForwardArguments, kBackwardArguments);
+
+/// A function of the addon as Node calls it. Napi::CallbackInfo would do, but it asks for memory
+/// where nothing catches its std::bad_alloc.
+template <size_t Count, napi_value (*Function)(Napi::Env env, const napi_value* values)>
+napi_value callback(napi_env env, napi_callback_info info) {
+  try {
+    napi_value values[kMostArguments];
+    size_t count = kMostArguments;
+    if (napi_get_cb_info(env, info, &count, values, nullptr, nullptr) != napi_ok ||
+        count != Count) {
+      fail(env, "wrong number of arguments");
+    }
+    return Function(env, values);
+  } catch (const Napi::Error& error) {
+    error.ThrowAsJavaScriptException();
+  } catch (const std::bad_alloc&) {
+    make_error(env, {StatusCode::out_of_memory, "no memory for the call"})
+        .ThrowAsJavaScriptException();
+  }
+  return nullptr;
 }
 
 template <bool IsBackward>
-Napi::Value run_sync(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments];
-  take_arguments(info, IsBackward ? kBackwardArguments : kForwardArguments, values);
-  try {
-    const CallArguments arguments(info.Env(), values, IsBackward);
-    const Status status = arguments.run(CancelToken());
-    if (!status.ok()) throw make_error(info.Env(), status);
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
-  return info.Env().Undefined();
+constexpr size_t kArguments = IsBackward ? kBackwardArguments : kForwardArguments;
+
+template <bool IsBackward>
+napi_value run_sync(Napi::Env env, const napi_value* values) {
+  const CallArguments arguments(env, values, IsBackward);
+  const Status status = arguments.run(CancelToken());
+  if (!status.ok()) throw make_error(env, status);
+  return nullptr;
 }
 
 template <bool IsBackward>
-Napi::Value run_async(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments + 1];
-  const size_t count = 1 + (IsBackward ? kBackwardArguments : kForwardArguments);
-  take_arguments(info, count, values);
-  Environment& environment = *info.Env().GetInstanceData<Environment>();
-  try {
-    const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
-        ArrayReader(info.Env(), values).tensor(napi_int32_array, true, 1));
-    auto call =
-        std::make_unique<AsyncCall>(environment, info.Env(), values + 1, IsBackward, cancel);
-    const Napi::Array arrays = Napi::Array::New(info.Env(), count);
-    for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
-    call->arrays = Napi::Persistent<Napi::Object>(arrays);
-    return environment.start(info.Env(), call.release());
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
+napi_value run_async(Napi::Env env, const napi_value* values) {
+  Environment& environment = *env.GetInstanceData<Environment>();
+  const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
+      ArrayReader(env, values).tensor(napi_int32_array, true, 1));
+  auto call = std::make_unique<AsyncCall>(environment, env, values + 1, IsBackward, cancel);
+  const uint32_t count = 1 + kArguments<IsBackward>;
+  const Napi::Array arrays = Napi::Array::New(env, count);
+  for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+  call->arrays = Napi::Persistent<Napi::Object>(arrays);
+  return environment.start(env, call.release());
 }
 
-void dropout_mask(const Napi::CallbackInfo& info) {
-  napi_value values[2];
-  take_arguments(info, 2, values);
-  const Problem p = read_problem(info.Env(), values[0]);
+napi_value dropout_mask(Napi::Env env, const napi_value* values) {
+  const Problem p = read_problem(env, values[0]);
   const bool context = p.dropout_placement == Placement::context;
-  void* const keep = ArrayReader(info.Env(), values + 1)
+  void* const keep = ArrayReader(env, values + 1)
                          .tensor(napi_uint8_array, false, p.batch, p.query_heads, p.query_length,
                                  context ? p.value_dim : p.key_length);
   fill_keep_mask(p, static_cast<uint8_t*>(keep));
+  return nullptr;
 }
 
-void set_num_threads(const Napi::CallbackInfo& info) {
-  ThreadPool::shared().set_threads(info[0].ToNumber().Int32Value());
+napi_value set_num_threads(Napi::Env env, const napi_value* values) {
+  ThreadPool::shared().set_threads(Napi::Value(env, values[0]).ToNumber().Int32Value());
+  return nullptr;
 }
 
-Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
-  return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
+napi_value get_num_threads(Napi::Env env, const napi_value*) {
+  return Napi::Number::New(env, ThreadPool::shared().threads());
 }
 
 /// Takes note of the fresh SharedArrayBuffer of a Uint8Array. V8 does not count these by itself,
 /// and would collect them far too late.
-void adopt_memory(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
+napi_value adopt_memory(Napi::Env env, const napi_value* values) {
   size_t bytes = 0;
   void* data = nullptr;
   napi_typedarray_type type;
-  if (napi_get_typedarray_info(env, info[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
+  if (napi_get_typedarray_info(env, values[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
       type != napi_uint8_array) {
     fail(env, "adoptMemory: not a Uint8Array");
   }
   prefer_huge_pages(data, bytes);
   Napi::MemoryManagement::AdjustExternalMemory(env, int64_t(bytes));
+  return nullptr;
 }
 
-void release_memory(const Napi::CallbackInfo& info) {
-  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -info[0].ToNumber().Int64Value());
+napi_value release_memory(Napi::Env env, const napi_value* values) {
+  const int64_t bytes = Napi::Value(env, values[0]).ToNumber().Int64Value();
+  Napi::MemoryManagement::AdjustExternalMemory(env, -bytes);
+  return nullptr;
 }
 
 Napi::Array list_backends(Napi::Env env) {
@@ -634,20 +658,29 @@ std::string field_names() {
   return names;
 }
 
+template <size_t Count, napi_value (*Function)(Napi::Env, const napi_value*)>
+void add_function(Napi::Env env, Napi::Object exports, const char* name) {
+  napi_value function;
+  const napi_status status = napi_create_function(env, name, NAPI_AUTO_LENGTH,
+                                                  callback<Count, Function>, nullptr, &function);
+  if (status != napi_ok) throw Napi::Error::New(env);
+  exports.Set(name, function);
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Environment(env));
   exports.Set("version", SDPA_VERSION);
   exports.Set("problemFields", field_names());
   exports.Set("backends", list_backends(env));
-  exports.Set("forwardSync", Napi::Function::New<run_sync<false>>(env, "forwardSync"));
-  exports.Set("backwardSync", Napi::Function::New<run_sync<true>>(env, "backwardSync"));
-  exports.Set("forwardAsync", Napi::Function::New<run_async<false>>(env, "forwardAsync"));
-  exports.Set("backwardAsync", Napi::Function::New<run_async<true>>(env, "backwardAsync"));
-  exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
-  exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
-  exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
-  exports.Set("adoptMemory", Napi::Function::New<adopt_memory>(env, "adoptMemory"));
-  exports.Set("releaseMemory", Napi::Function::New<release_memory>(env, "releaseMemory"));
+  add_function<kForwardArguments, run_sync<false>>(env, exports, "forwardSync");
+  add_function<kBackwardArguments, run_sync<true>>(env, exports, "backwardSync");
+  add_function<1 + kForwardArguments, run_async<false>>(env, exports, "forwardAsync");
+  add_function<1 + kBackwardArguments, run_async<true>>(env, exports, "backwardAsync");
+  add_function<2, dropout_mask>(env, exports, "dropoutMask");
+  add_function<1, set_num_threads>(env, exports, "setNumThreads");
+  add_function<0, get_num_threads>(env, exports, "getNumThreads");
+  add_function<1, adopt_memory>(env, exports, "adoptMemory");
+  add_function<1, release_memory>(env, exports, "releaseMemory");
   return exports;
 }
 
@@ -655,7 +688,11 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace sdpa
 
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
-  return sdpa::init(env, exports);
+  try {
+    return sdpa::init(env, exports);
+  } catch (const std::bad_alloc&) {
+    throw Napi::Error::New(env, "no memory to load the addon");
+  }
 }
 
 NODE_API_MODULE(node_sdpa, initialize)

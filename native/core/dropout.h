@@ -48,6 +48,16 @@ constexpr Dropout resolve_dropout(const Problem& p, bool has_keep_mask) {
           p.dropout_broadcast};
 }
 
+/// The call that gives sample `sample` of a call with samples.
+constexpr Problem problem_of_sample(const Problem& p, uint32_t sample) {
+  Problem one = p;
+  const uint64_t offset = (uint64_t{p.offset_hi} << 32 | p.offset_lo) + sample;
+  one.offset_lo = uint32_t(offset);
+  one.offset_hi = uint32_t(offset >> 32);
+  one.samples = 0;
+  return one;
+}
+
 /// The counter of the Philox call that decides columns 8 * group to 8 * group + 7 of a row;
 /// b, h and q are absolute coordinates.
 SDPA_HOST_DEVICE constexpr PhiloxWords dropout_counter(const Dropout& d, uint32_t b, uint32_t h,

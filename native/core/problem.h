@@ -53,7 +53,8 @@ enum class Precision : uint32_t { highest, high, medium };
   FIELD(uint32_t, head_offset)                                                        \
   FIELD(uint32_t, query_offset)                                                       \
   FIELD(uint32_t, key_offset)                                                         \
-  FIELD(Precision, precision)
+  FIELD(Precision, precision)                                                         \
+  FIELD(uint32_t, samples) /* 0: none; else as many outputs, one for each of as many offsets */
 
 struct Problem {
 #define SDPA_DECLARE_FIELD(type, name) type name;
@@ -82,13 +83,17 @@ struct Inputs {
   const int32_t* key_blocks;
 };
 
-/// Tensors that the forward pass writes; all but the output may be null.
+/// Tensors that the forward pass writes; all but the output may be null. A call with samples writes
+/// [samples] outputs, or instead their mean and variance; lse is one for all of them, except under
+/// `scores` dropout: [samples] then; and there are no matrices.
 struct ForwardOutputs {
   void* output;            // [batch, query_heads, query_length, value_dim] in bhsd
   float* lse;              // [batch, query_heads, query_length]
   float* scores;           // [batch, query_heads, query_length, key_length]; before dropout
   float* weights;          // same shape; the softmax that was used
   float* dropped_weights;  // same shape; what multiplied the values
+  float* mean;             // as one output, over the samples
+  float* variance;         // same shape, unbiased
 };
 
 /// Tensors of the backward pass: the first three are read, the gradients are written.
@@ -105,7 +110,12 @@ struct BackwardTensors {
 /// Multiply-adds of the forward pass, without regard to what masks leave out: the size of a call.
 constexpr double multiply_adds(const Problem& p) {
   return double(p.batch) * p.query_heads * p.query_length * p.key_length *
-         (p.head_dim + p.value_dim);
+         (p.head_dim + p.value_dim) * (p.samples > 0 ? p.samples : 1);
+}
+
+/// Elements of the output of one sample.
+constexpr size_t output_size(const Problem& p) {
+  return size_t{p.batch} * p.query_heads * p.query_length * p.value_dim;
 }
 
 /// A call of more multiply-adds than this is worth waking other threads for: about 20 microseconds.

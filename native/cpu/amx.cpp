@@ -37,6 +37,8 @@ constexpr int kQueryVectors = 2;
 
 #include "cpu/attention_forward.inl"
 
+#include "cpu/attention_samples.inl"
+
 #include "cpu/attention_backward.inl"
 
 #include "cpu/amx_tiles.inl"

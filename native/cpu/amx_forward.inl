@@ -170,6 +170,37 @@ struct SoftmaxWork {
   }
 };
 
+/// Makes a sample's weights of a tile from packed weights, two keys at a time.
+template <int Terms>
+struct DropWork {
+  const uint8_t* weights;  // operand B
+  uint8_t* dropped;        // operand B
+  WeightDropout* dropout;
+  uint32_t rate;  // as in SoftmaxWork
+  int pair = 0;
+  uint32_t due = 0;
+
+  inline __attribute__((always_inline)) void advance() {
+    for (due += rate; due >= 1 << 16; due -= 1 << 16) next_pair();
+  }
+  inline void finish() {
+    while (pair < kPairsPerTile) next_pair();
+  }
+  inline __attribute__((always_inline)) void next_pair() {
+    if (pair >= kPairsPerTile) return;
+    if (pair % 4 == 0) dropout->draw(uint32_t(pair) / 4);
+    for (int v = 0; v < kQueryVectors; ++v) {
+      const __mmask32 kept = dropout->kept(pair, v);
+      for (int t = 0; t < Terms; ++t) {
+        const size_t at = pair_offset<Terms>(pair, v) + t * kPairBytes;
+        _mm512_store_si512(dropped + at,
+                           _mm512_maskz_mov_epi16(kept, _mm512_load_si512(weights + at)));
+      }
+    }
+    ++pair;
+  }
+};
+
 // ----------------------------------------------------------------------------------- packed keys
 
 /// What a tile of keys and values is packed into, as operands A: two halves of keys
@@ -264,9 +295,11 @@ struct PackWork final : ParallelWork {
 struct RunningRows {
   float* minus_max;  // [kQueryBlock], in units of log2(e)
   float* sums;       // [kQueryBlock]
-  float* context;    // [whole value_dim][kQueryBlock]
+  float* context;    // [contexts][whole value_dim][kQueryBlock]
 
-  static size_t floats(const Problem& p) { return (2 + whole(p.value_dim)) * kQueryBlock; }
+  static size_t floats(const Problem& p, uint32_t contexts) {
+    return (2 + contexts * whole(p.value_dim)) * kQueryBlock;
+  }
   explicit RunningRows(float* data)
       : minus_max(data), sums(data + kQueryBlock), context(data + 2 * kQueryBlock) {}
 };
@@ -293,6 +326,18 @@ struct BlockTile {
   size_t number() const { return tile.first / kKeyBlock; }
 };
 
+/// Where the blocks of a pass go: to the outputs of a call, or into samples.
+struct AmxResults {
+  ForwardOutputs outputs{};
+  const SampleResults* samples = nullptr;  // null: an ordinary call
+  SampleGroup group{};
+
+  /// How many contexts a block sums: under `weights` dropout, one a sample.
+  uint32_t contexts(const Call& call) const {
+    return samples && call.dropout.placement == Placement::weights ? group.count : 1;
+  }
+};
+
 /// One thread's buffers: those of the vector kernel, and the packed operands.
 struct AmxBuffers {
   // The tiles at hand may belong to three blocks: one ends, one goes on, one begins.
@@ -306,11 +351,14 @@ struct AmxBuffers {
   float* rows;                // [kQueryBlock][whole head_dim]
   float* pack_rows;           // pack_floats()
 
-  bool allocate(const Call& call, int terms) {
+  bool allocate(const Call& call, int terms, const AmxResults& results) {
     const Problem& p = call.problem;
+    const uint32_t contexts = results.contexts(call);
+    if (results.samples && !allocate_samples(call, terms, contexts)) return false;
     const size_t query_floats = steps_of(p.head_dim) * terms * kPairBytes / sizeof(float);
     const size_t weight_floats = 2 * terms * kPairBytes / sizeof(float);
-    const size_t tile = size_t{kKeyBlock} * kQueryBlock, sum_floats = RunningRows::floats(p);
+    const size_t tile = size_t{kKeyBlock} * kQueryBlock,
+                 sum_floats = RunningRows::floats(p, contexts);
     const size_t row_floats = whole(p.head_dim) * kQueryBlock;
     const size_t floats = kBlocks * (query_floats + sum_floats) + 2 * (weight_floats + tile) +
                           row_floats + pack_floats(p);
@@ -324,8 +372,25 @@ struct AmxBuffers {
     return !scratch_.overrun();
   }
 
+  SampleBuffers samples;
+  uint8_t* undropped;       // operand B: the weights of a tile before their dropout
+  WeightDropout* dropouts;  // [samples of a group]
+
  private:
-  Scratch scratch_;
+  /// What samples need besides: `count` of them where they drop weights.
+  bool allocate_samples(const Call& call, int terms, uint32_t count) {
+    const size_t weight_floats = 2 * terms * kPairBytes / sizeof(float);
+    const size_t dropout_floats = count * sizeof(WeightDropout) / sizeof(float);
+    if (!samples.allocate(call.problem, 0) ||
+        !sample_scratch_.reserve(weight_floats + dropout_floats, 2)) {
+      return false;
+    }
+    undropped = reinterpret_cast<uint8_t*>(sample_scratch_.take(weight_floats));
+    dropouts = reinterpret_cast<WeightDropout*>(sample_scratch_.take(dropout_floats));
+    return !sample_scratch_.overrun();
+  }
+
+  Scratch scratch_, sample_scratch_;
 };
 
 /// As PackWork, with `spare`.
@@ -334,12 +399,22 @@ struct AmxForwardWork final : ParallelWork {
   Call call;
   PackedKeys packed;
   float* sums;  // RunningRows of all blocks, between runs of tiles; null if there is but one run
-  ForwardOutputs outputs;
+  AmxResults results;
+  uint32_t contexts;
   std::atomic<AmxBuffers*> spare;
 
-  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums,
-                 const ForwardOutputs& outputs, AmxBuffers* spare)
-      : call(call), packed(packed), sums(sums), outputs(outputs), spare(spare) {}
+  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums, const AmxResults& results,
+                 AmxBuffers* spare)
+      : call(call),
+        packed(packed),
+        sums(sums),
+        results(results),
+        contexts(results.contexts(call)),
+        spare(spare) {}
+  /// Rows of context that belong to a maximum.
+  size_t context_rows() const {
+    return contexts == 1 ? call.problem.value_dim : contexts * whole(call.problem.value_dim);
+  }
   void work(TaskCursor& cursor) override;
   void run(TaskCursor& cursor, AmxBuffers& buffers) const;
 };
@@ -360,9 +435,9 @@ inline __attribute__((always_inline)) void multiply_scores(const AmxForwardWork<
 template <int Steps, int Terms, typename Work>
 inline __attribute__((always_inline)) void multiply_values(const AmxForwardWork<Terms>& w,
                                                            TileSums& sums, const BlockTile& t,
-                                                           const uint8_t* weights, Work& work) {
+                                                           const uint8_t* weights, float* context,
+                                                           Work& work) {
   const uint8_t* values = w.packed.values(t.block->head, t.number());
-  float* context = t.block->sum.context;
   for (size_t s = 0; s < (Steps ? Steps : steps_of(w.call.problem.value_dim)); ++s) {
     multiply_packed<Terms>(sums, values, weights, 2, context, kQueryBlock, context, kQueryBlock,
                            work);
@@ -373,7 +448,7 @@ inline __attribute__((always_inline)) void multiply_values(const AmxForwardWork<
 
 /// Raises the maximum of the lanes in `lanes` by `rise` and rescales what was summed under the old.
 template <int Terms>
-inline void raise_maximum(const RunningRows& sum, size_t value_dim, int v, Mask lanes,
+inline void raise_maximum(const RunningRows& sum, size_t context_rows, int v, Mask lanes,
                           Floats rise) {
   float* const minus_max = sum.minus_max + v * kLanes;
   float* const sums = sum.sums + v * kLanes;
@@ -384,7 +459,7 @@ inline void raise_maximum(const RunningRows& sum, size_t value_dim, int v, Mask 
   const Floats bounded = select(less(down, floor), floor, select(less(zero, down), zero, down));
   const Floats factor = exponential2<Terms>(bounded);
   store(sums, mul(load(sums), factor));
-  for (size_t c = 0; c < value_dim; ++c) {
+  for (size_t c = 0; c < context_rows; ++c) {
     float* const context = sum.context + c * kQueryBlock + v * kLanes;
     store(context, mul(load(context), factor));
   }
@@ -443,7 +518,9 @@ template <int Terms>
 inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
                          BlockTile& waiting) {
   NoWork none;
-  if (waiting.block) multiply_values<0>(w, sums, waiting, f.weights[waiting.side], none);
+  if (waiting.block) {
+    multiply_values<0>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context, none);
+  }
   waiting.block = nullptr;
 }
 
@@ -465,7 +542,7 @@ inline void settle_maximum(const AmxForwardWork<Terms>& w, const AmxBuffers& f, 
     if (any(raised)) {
       if (waiting.block == &k) flush_values(w, f, sums, waiting);  // under the old maximum
       sums.store();
-      raise_maximum<Terms>(k.sum, w.call.problem.value_dim, v, raised, top);
+      raise_maximum<Terms>(k.sum, w.context_rows(), v, raised, top);
       by = select(raised, top, by);
     }
     // 2^-200 is 0 here, and unlike -infinity it passes through exponential2; NaN stays.
@@ -522,7 +599,7 @@ inline SoftmaxWork<Terms, Drops> softmax_work(const AmxForwardWork<Terms>& w, co
 /// Moves the maximum of lanes whose sum has grown too large: scores of this tile, and of the
 /// block's next one if they are there, are brought to the new maximum.
 template <int Terms>
-inline void move_maximum(const RunningRows& sum, size_t value_dim, const Floats* sums,
+inline void move_maximum(const RunningRows& sum, size_t context_rows, const Floats* sums,
                          float* scores, float* next_scores) {
   for (int v = 0; v < kQueryVectors; ++v) {
     const Mask large = Mask(~less(sums[v], broadcast(kLargestSum)));
@@ -531,7 +608,7 @@ inline void move_maximum(const RunningRows& sum, size_t value_dim, const Floats*
     for (int r = 0; r < kKeyBlock; ++r) {
       top = max_ignoring_nan(load(scores + r * kQueryBlock + v * kLanes), top);
     }
-    raise_maximum<Terms>(sum, value_dim, v, large, top);
+    raise_maximum<Terms>(sum, context_rows, v, large, top);
     const Floats by = select(large, top, broadcast(0.0f));
     for (int r = 0; r < kKeyBlock; ++r) {
       const int i = r * kQueryBlock + v * kLanes;
@@ -571,17 +648,43 @@ inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* c
   }
 }
 
-/// Writes the results of a block that has seen all its keys.
-template <int Terms>
-inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, ForwardBuffers& v) {
+/// Takes over one of the contexts of a block that has seen all its keys, and normalises it. True if
+/// a NaN came out.
+inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, ForwardBuffers& v) {
   std::memcpy(v.row_sum, k.sum.sums, kQueryBlock * sizeof(float));
   for (int i = 0; i < kQueryBlock; ++i) v.row_max[i] = -k.sum.minus_max[i] * kLn2;
-  v.context = k.sum.context;
-  if (finish_context(w.call, k.q, v)) return forward_block(w.call, k.q, w.outputs, v);
-  store_context(w.call, k.q, w.outputs, v);
-  if (!wants_matrices(w.outputs)) return;
+  v.context = k.sum.context + number * whole(call.problem.value_dim) * kQueryBlock;
+  return normalise_context(call, k.q, v);
+}
+
+/// Takes the results of a block into samples.
+inline void finish_samples(const Call& call, const AmxBlock& k, const AmxResults& results,
+                           AmxBuffers& f) {
+  ForwardBuffers& v = f.vector;
+  const SampleGroup group = results.group;
+  if (call.dropout.placement == Placement::context) {
+    if (take_context(call, k, 0, v)) compute_context(call, k.q, v);
+    return store_context_samples(call, k.q, group, *results.samples, v, f.samples.dropped);
+  }
+  for (uint32_t s = 0; s < group.count; ++s) {
+    const Call sample = call_of_sample(call, group.first + s);
+    if (take_context(sample, k, s, v)) compute_context(sample, k.q, v);
+    store_sample(sample, k.q, *results.samples, group.first + s, v);
+  }
+}
+
+/// Writes the results of a block that has seen all its keys.
+template <int Terms>
+inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, AmxBuffers& f) {
+  if (w.results.samples) return finish_samples(w.call, k, w.results, f);
+  ForwardBuffers& v = f.vector;
+  const ForwardOutputs& outputs = w.results.outputs;
+  if (take_context(w.call, k, 0, v)) return forward_block(w.call, k.q, outputs, v);
+  drop_context(w.call, k.q, v);
+  store_context(w.call, k.q, outputs, v);
+  if (!wants_matrices(outputs)) return;
   load_queries(w.call, k.q, v.rows, v.scores.queries);
-  write_matrices(w.call, k.q, w.outputs, v);
+  write_matrices(w.call, k.q, outputs, v);
 }
 
 /// One thread's blocks of queries, one after the other.
@@ -609,7 +712,7 @@ class BlockStream {
 
   /// To be called when the values of all tiles of a block have been added.
   void leave(const AmxBlock& k) {
-    if (k.is_last) finish_block(w_, k, f_.vector);
+    if (k.is_last) finish_block(w_, k, f_);
   }
 
  private:
@@ -637,9 +740,10 @@ class BlockStream {
     k.tiles =
         TileRange({std::max(k.q.any.begin, begin), std::min(k.q.any.end, end)}, p_.key_length);
     k.is_last = k.q.any.end <= end;
-    k.sum = RunningRows(w_.sums ? w_.sums + task_ * RunningRows::floats(p_) : f_.sums[slot]);
+    const size_t sum_floats = RunningRows::floats(p_, w_.contexts);
+    k.sum = RunningRows(w_.sums ? w_.sums + task_ * sum_floats : f_.sums[slot]);
     if (k.q.any.begin >= begin) {  // it has seen no key yet
-      std::memset(k.sum.minus_max, 0, RunningRows::floats(p_) * sizeof(float));
+      std::memset(k.sum.minus_max, 0, sum_floats * sizeof(float));
     }
     const bool sees_none = k.q.any.begin >= k.q.any.end;
     if (!k.tiles.done()) {
@@ -649,7 +753,7 @@ class BlockStream {
       k.queries = f_.queries[slot];
       pack_queries<Terms>(rows_of(k.q, w_.call.inputs.query, p_.head_dim), k.q.count, p_.scale,
                           f_.rows, k.queries);
-      if (draws_on_the_way(w_.call)) k.dropout.start_block(w_.call, k.q);
+      if (draws_on_the_way(w_.call) && !w_.results.samples) k.dropout.start_block(w_.call, k.q);
       slot_ = slot;
       block_ = &k;
     } else if (sees_none && begin == 0) {
@@ -658,8 +762,9 @@ class BlockStream {
     pending_ = cursor_.next(task_);
     const uint32_t tiles = (k.tiles.end - k.tiles.first) / kKeyBlock + 1;
     prefetch_rows_ = (kQueryBlock + tiles - 1) / tiles;
-    output_ = k.is_last ? RowPrefetch(rows_of(k.q, w_.outputs.output, p_.value_dim), k.q.count)
-                        : RowPrefetch();
+    const void* const output = w_.results.outputs.output;  // null where it is samples
+    output_ = k.is_last && output ? RowPrefetch(rows_of(k.q, output, p_.value_dim), k.q.count)
+                                  : RowPrefetch();
     next_queries_ = RowPrefetch();
     if (!pending_) return;
     const QueryBlock next = queries_of(task_);
@@ -698,7 +803,8 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
     if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
     if (waiting.block) {
-      multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], softmax);
+      multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context,
+                             softmax);
     } else {
       sums.store();  // the scores, which come next
     }
@@ -706,7 +812,7 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     const RunningRows& sum = now.block->sum;
     if (__builtin_expect(too_large(softmax.sums), false)) {
       sums.store();
-      move_maximum<Terms>(sum, p.value_dim, softmax.sums, f.scores[now.side],
+      move_maximum<Terms>(sum, w.context_rows(), softmax.sums, f.scores[now.side],
                           next.block == now.block ? f.scores[next.side] : nullptr);
       softmax = softmax_work<Drops>(w, f, now, rate);
       softmax.finish();
@@ -728,16 +834,94 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
   blocks.leave(last);
 }
 
-template <bool Drops, int Terms>
-inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
-                                    AmxBuffers& f) {
+/// Makes the samples of a tile from its packed weights: while tiles multiply the values of one, the
+/// vector units drop weights for the next.
+template <int Steps, int Terms>
+inline void add_samples(const AmxForwardWork<Terms>& w, TileSums& sums, const BlockTile& t,
+                        AmxBuffers& f) {
+  const Problem& p = w.call.problem;
+  const uint32_t count = w.results.group.count;
+  const uint32_t group = (p.key_offset + t.tile.first) / kDecisionsPerCall;
+  const uint32_t steps = uint32_t(2 * (Steps ? Steps : steps_of(p.value_dim)));
+  const uint32_t rate = (kPairsPerTile << 16) / (steps * kAdvancesAStep<Terms>)+1;
+  const size_t context_floats = whole(p.value_dim) * kQueryBlock;
+  NoWork none;
+  for (uint32_t s = 0; s <= count; ++s) {
+    float* const context = t.block->sum.context + (s - 1) * context_floats;
+    const uint8_t* const weights = f.weights[(s + 1) % 2];  // of the sample before
+    if (s == count) return multiply_values<Steps>(w, sums, t, weights, context, none);
+    f.dropouts[s].first_group = group;
+    DropWork<Terms> drop{f.undropped, f.weights[s % 2], f.dropouts + s, rate};
+    if (s > 0) multiply_values<Steps>(w, sums, t, weights, context, drop);
+    drop.finish();
+  }
+}
+
+/// Runs over the tiles of all blocks for a group of samples of `weights` dropout. Scores, maxima
+/// and sums are made in the order of forward_blocks, so that they have its bits.
+template <int Steps, int Terms>
+inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
+  const Problem& p = w.call.problem;
+  const SampleGroup group = w.results.group;
+  const uint32_t rate =
+      (kPairsPerTile << 16) / (uint32_t(2 * steps_of(p.head_dim)) * kAdvancesAStep<Terms>)+1;
+  NoWork none;
+  BlockStream<Terms> blocks(w, cursor, f);
+  BlockTile waiting, now = blocks.next_tile();  // `waiting` stays none: no values are owed
+  const AmxBlock* drawn = nullptr;              // the block that the dropouts are set up for
+  TileSums sums;
+  if (now.block) multiply_scores<Steps>(w, sums, now, f.scores[now.side], none);
+  sums.store();
+  while (now.block) {
+    const BlockTile next = blocks.next_tile();
+    prepare_scores(w, f, sums, now, waiting);
+    SoftmaxWork<Terms, false> softmax{f.scores[now.side], f.undropped, nullptr, nullptr, rate};
+    if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
+    sums.store();
+    softmax.finish();
+    const RunningRows& sum = now.block->sum;
+    if (__builtin_expect(too_large(softmax.sums), false)) {
+      move_maximum<Terms>(sum, w.context_rows(), softmax.sums, f.scores[now.side],
+                          next.block == now.block ? f.scores[next.side] : nullptr);
+      softmax = {f.scores[now.side], f.undropped, nullptr, nullptr, rate};
+      softmax.finish();
+    }
+    for (int v = 0; v < kQueryVectors; ++v) {
+      store(sum.sums + v * kLanes, add(load(sum.sums + v * kLanes), softmax.sums[v]));
+    }
+    if (drawn != now.block) {
+      for (uint32_t s = 0; s < group.count; ++s) {
+        f.dropouts[s].start_block(call_of_sample(w.call, group.first + s), now.block->q);
+      }
+      drawn = now.block;
+    }
+    add_samples<Steps>(w, sums, now, f);
+    sums.store();
+    if (next.block != now.block) blocks.leave(*now.block);
+    now = next;
+  }
+}
+
+enum class Pass { plain, drops, samples };
+
+template <Pass pass, int Steps, int Terms>
+inline void run_pass(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
+  if constexpr (pass == Pass::samples) {
+    sample_blocks<Steps>(w, cursor, f);
+  } else {
+    forward_blocks<Steps, pass == Pass::drops>(w, cursor, f);
+  }
+}
+
+template <Pass pass, int Terms>
+inline void run_pass_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
   if constexpr (Terms == 3) {  // the others are not worth their size
     const size_t steps = steps_of(w.call.problem.head_dim);
     const bool same = steps == steps_of(w.call.problem.value_dim);
-    if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
-    if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
+    if (same && steps == 2) return run_pass<pass, 2>(w, cursor, f);
+    if (same && steps == 4) return run_pass<pass, 4>(w, cursor, f);
   }
-  forward_blocks<0, Drops>(w, cursor, f);
+  run_pass<pass, 0>(w, cursor, f);
 }
 
 /// Flushes denormals to 0 while it lives, as AMX does: they would be slow, and are too small to
@@ -754,10 +938,13 @@ class FlushDenormals {
 
 template <int Terms>
 void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
-  if (draws_on_the_way(call)) {
-    forward_blocks_by_steps<true>(*this, cursor, buffers);
+  const bool drops = draws_on_the_way(call);
+  if (results.samples && drops) {
+    run_pass_by_steps<Pass::samples>(*this, cursor, buffers);
+  } else if (drops) {
+    run_pass_by_steps<Pass::drops>(*this, cursor, buffers);
   } else {
-    forward_blocks_by_steps<false>(*this, cursor, buffers);
+    run_pass_by_steps<Pass::plain>(*this, cursor, buffers);
   }
 }
 
@@ -766,7 +953,7 @@ void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
   AmxBuffers own;
   AmxBuffers* buffers = spare.exchange(nullptr, std::memory_order_relaxed);
   if (!buffers) {
-    if (!own.allocate(call, Terms)) return;
+    if (!own.allocate(call, Terms, results)) return;
     buffers = &own;
   }
   const FlushDenormals flush;
@@ -790,7 +977,7 @@ struct AmxPlan {
   size_t heads_a_wave = 1;
   size_t packed_floats, sum_floats = 0;
 
-  AmxPlan(const Problem& p, int terms, size_t threads)
+  AmxPlan(const Problem& p, int terms, size_t threads, uint32_t contexts)
       : layout(p, terms),
         heads(size_t{p.batch} * p.kv_heads),
         tiles((size_t{p.key_length} + kKeyBlock - 1) / kKeyBlock),
@@ -801,7 +988,7 @@ struct AmxPlan {
     const size_t share = std::max<size_t>(heads / threads, 1);
     heads_a_wave = std::clamp<size_t>(kPackedBytes / run_bytes, 1, share);
     packed_floats = heads_a_wave * run_bytes / sizeof(float);
-    if (runs > 1) sum_floats = heads_a_wave * blocks_a_head * RunningRows::floats(p);
+    if (runs > 1) sum_floats = heads_a_wave * blocks_a_head * RunningRows::floats(p, contexts);
   }
   size_t waves() const { return (heads + heads_a_wave - 1) / heads_a_wave; }
 };
@@ -826,7 +1013,7 @@ struct AmxWave {
 /// Runs one wave; `threads` says who works on it. It needs no memory: what has begun to write the
 /// output comes to its end.
 template <int Terms, typename Threads>
-Status run_wave(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs, size_t number,
+Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results, size_t number,
                 AmxWave& wave, const Threads& threads) {
   PackedKeys& packed = wave.packed;
   packed.first_head = number * plan.heads_a_wave;
@@ -836,7 +1023,7 @@ Status run_wave(const Call& call, const AmxPlan& plan, const ForwardOutputs& out
     PackWork<Terms> pack(call, packed, threads.buffers.pack_rows);
     Status status = threads.pack(packed.heads * packed.tiles, pack);
     if (!status.ok()) return status;
-    AmxForwardWork<Terms> work(call, packed, wave.sums, outputs, &threads.buffers);
+    AmxForwardWork<Terms> work(call, packed, wave.sums, results, &threads.buffers);
     status = threads.multiply(packed.heads * plan.blocks_a_head, work);
     if (!status.ok()) return status;
   }
@@ -877,35 +1064,34 @@ template <int Terms>
 struct WaveWork final : ParallelWork {
   Call call;
   const AmxPlan& plan;
-  ForwardOutputs outputs;
+  AmxResults results;
   const CancelToken& cancel;
 
-  WaveWork(const Call& call, const AmxPlan& plan, const ForwardOutputs& outputs,
+  WaveWork(const Call& call, const AmxPlan& plan, const AmxResults& results,
            const CancelToken& cancel)
-      : call(call), plan(plan), outputs(outputs), cancel(cancel) {}
+      : call(call), plan(plan), results(results), cancel(cancel) {}
   void work(TaskCursor& cursor) override {
     AmxBuffers buffers;
     AmxWave wave(plan);
-    if (!buffers.allocate(call, Terms) || !wave.allocate(plan)) return;
+    if (!buffers.allocate(call, Terms, results) || !wave.allocate(plan)) return;
     const FlushDenormals flush;
     configure_tiles();
     const Alone alone{cancel, buffers};
-    for (size_t task; cursor.next(task);) run_wave<Terms>(call, plan, outputs, task, wave, alone);
+    for (size_t task; cursor.next(task);) run_wave<Terms>(call, plan, results, task, wave, alone);
     _tile_release();
   }
 };
 
 template <int Terms>
-Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
-                         const CancelToken& cancel) {
+Status amx_forward_terms(const Call& call, const AmxResults& results, const CancelToken& cancel) {
   const Problem& p = call.problem;
   ThreadPool& pool = ThreadPool::shared();
-  const bool parallel = worth_sharing(p);
+  const bool parallel = worth_sharing(results.samples ? results.samples->problem : p);
   const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
-  const AmxPlan plan(p, Terms, threads);
+  const AmxPlan plan(p, Terms, threads, results.contexts(call));
   // Whole rounds of waves keep all threads busy, or many of them nearly so.
   if (plan.waves() % threads == 0 || plan.waves() >= 4 * threads) {
-    WaveWork<Terms> work(call, plan, outputs, cancel);
+    WaveWork<Terms> work(call, plan, results, cancel);
     const Status status = pool.run(plan.waves(), parallel, cancel, work);
     if (!status.ok()) return status;
     if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
@@ -913,12 +1099,12 @@ Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
   }
   AmxWave wave(plan);
   AmxBuffers buffers;
-  if (!wave.allocate(plan) || !buffers.allocate(call, Terms)) {
+  if (!wave.allocate(plan) || !buffers.allocate(call, Terms, results)) {
     return {StatusCode::out_of_memory, "no memory for the working buffers"};
   }
   const Together together{cancel, buffers};
   for (size_t number = 0; number < plan.waves(); ++number) {
-    const Status status = run_wave<Terms>(call, plan, outputs, number, wave, together);
+    const Status status = run_wave<Terms>(call, plan, results, number, wave, together);
     if (!status.ok()) return status;
   }
   return {};
@@ -927,16 +1113,51 @@ Status amx_forward_terms(const Call& call, const ForwardOutputs& outputs,
 /// Too few queries do not repay the packing of the keys.
 constexpr uint32_t kFewestQueries = 16;
 
+inline Status amx_forward_call(const Call& call, const AmxResults& results,
+                               const CancelToken& cancel) {
+  switch (call.problem.precision) {
+    case Precision::highest:
+      return amx_forward_terms<3>(call, results, cancel);
+    case Precision::high:
+      return amx_forward_terms<2>(call, results, cancel);
+    default:
+      return amx_forward_terms<1>(call, results, cancel);
+  }
+}
+
+Status amx_forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
+                   const CancelToken& cancel);
+
+/// What the contexts of a group may take while they wait for the next run of tiles.
+constexpr size_t kWaitingBytes = size_t{1} << 26;
+
+/// Samples that share scores and softmax.
+inline Status amx_samples(const Call& call, const SampleResults& results,
+                          const CancelToken& cancel) {
+  const Problem& p = call.problem;
+  const uint32_t samples = results.problem.samples;
+  const bool drops_weights = call.dropout.placement == Placement::weights;
+  if (drops_weights && !draws_on_the_way(call)) {  // rare: keys from an odd place on, or p = 1
+    return samples_one_by_one(call.inputs, results, cancel, true, amx_forward);
+  }
+  const size_t bytes = whole(p.value_dim) * kQueryBlock * sizeof(float);
+  const size_t blocks = p.query_heads / p.kv_heads * blocks_per_head(p);
+  const uint32_t size = !drops_weights
+                            ? samples
+                            : std::min(group_size(samples, bytes, kGroupBytes),
+                                       group_size(samples, bytes * blocks, kWaitingBytes));
+  for (uint32_t first = 0; first < samples; first += size) {
+    const AmxResults group{{}, &results, {first, std::min(size, samples - first)}};
+    const Status status = amx_forward_call(call, group, cancel);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
 Status amx_forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                    const CancelToken& cancel) {
   if (p.query_length < kFewestQueries) return forward(p, inputs, outputs, cancel);
+  if (p.samples > 0) return run_samples(p, inputs, outputs, cancel, amx_forward, amx_samples);
   const Call call{p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)};
-  switch (p.precision) {
-    case Precision::highest:
-      return amx_forward_terms<3>(call, outputs, cancel);
-    case Precision::high:
-      return amx_forward_terms<2>(call, outputs, cancel);
-    default:
-      return amx_forward_terms<1>(call, outputs, cancel);
-  }
+  return amx_forward_call(call, {outputs}, cancel);
 }

@@ -92,38 +92,62 @@ inline void drop_elements(const QueryBlock& q, int rows, const float* keep, floa
   }
 }
 
+/// Makes `rows` rows of context, row maxima and row sums ready for the first tile.
+inline void start_context(size_t rows, ForwardBuffers& f) {
+  std::memset(f.context, 0, rows * kQueryBlock * sizeof(float));
+  for (int i = 0; i < kQueryBlock; ++i) {
+    f.row_max[i] = -kInfinity;
+    f.row_sum[i] = 0;
+  }
+}
+
+// Ordinary calls and samples share the two functions below, each in one body: inlined into both,
+// the products lose what the compiler knows of their strides (2 to 4 % of a call).
+
+/// A tile's weights before their dropout, in f.tile; `rows` rows of context are rescaled with them.
+__attribute__((noinline)) inline void weights_tile(const Call& call, const QueryBlock& q,
+                                                   KeyTile tile, size_t rows, ForwardBuffers& f) {
+  const Dropout& d = call.dropout;
+  size_t key_stride;
+  const float* const keys = tile_rows(key_rows(call, q.b, q.kv_head, tile.first), tile.count,
+                                      f.scores.key_copy, key_stride);
+  score_tile(call, q, tile, keys, key_stride, f.scores, f.tile, nullptr);
+  if (d.on() && d.placement == Placement::scores) drop_scores(call, q, tile, f.keep, f.tile);
+  softmax_step(q, tile, rows, f);
+}
+
+/// Adds a tile's values times weights [key][kQueryBlock] to a context.
+__attribute__((noinline)) inline void add_values(const Call& call, const QueryBlock& q,
+                                                 KeyTile tile, const float* values,
+                                                 size_t value_stride, const float* weights,
+                                                 float* context, bool careful) {
+  add_weighted({values, 1, value_stride, weights, kQueryBlock, context, kQueryBlock,
+                int(call.problem.value_dim), q.vectors, tile.count},
+               Weight::b, careful);
+}
+
 /// Runs over all tiles that the block sees: leaves the context's sum, row maxima and row sums.
 inline void accumulate_context(const Call& call, const QueryBlock& q, ForwardBuffers& f,
                                bool careful) {
   const Problem& p = call.problem;
   const Dropout& d = call.dropout;
-  std::memset(f.context, 0, padded(p.value_dim) * kQueryBlock * sizeof(float));
-  for (int i = 0; i < kQueryBlock; ++i) {
-    f.row_max[i] = -kInfinity;
-    f.row_sum[i] = 0;
-  }
+  start_context(padded(p.value_dim), f);
   for (TileRange range(q.any, p.key_length); !range.done(); range.advance()) {
     const KeyTile tile = range.tile();
-    size_t key_stride, value_stride;
-    const float* const keys = tile_rows(key_rows(call, q.b, q.kv_head, tile.first), tile.count,
-                                        f.scores.key_copy, key_stride);
-    score_tile(call, q, tile, keys, key_stride, f.scores, f.tile, nullptr);
-    if (d.on() && d.placement == Placement::scores) drop_scores(call, q, tile, f.keep, f.tile);
-    softmax_step(q, tile, p.value_dim, f);
+    size_t value_stride;
+    weights_tile(call, q, tile, p.value_dim, f);
     if (d.on() && d.placement == Placement::weights) {
       keep_tile(call, q, tile.first, tile.count, f.keep);
       drop_elements(q, tile.count, f.keep, f.tile);
     }
     const float* const values = tile_rows(value_rows(call, q.b, q.kv_head, tile.first), tile.count,
                                           f.value_copy, value_stride);
-    add_weighted({values, 1, value_stride, f.tile, kQueryBlock, f.context, kQueryBlock,
-                  int(p.value_dim), q.vectors, tile.count},
-                 Weight::b, careful);
+    add_values(call, q, tile, values, value_stride, f.tile, f.context, careful);
   }
 }
 
 /// Divides the context by the row sums and rescales for dropout; fills lse. True if a NaN came out.
-inline bool finish_context(const Call& call, const QueryBlock& q, ForwardBuffers& f) {
+inline bool normalise_context(const Call& call, const QueryBlock& q, ForwardBuffers& f) {
   const Problem& p = call.problem;
   const Dropout& d = call.dropout;
   const bool rescale = d.on() && d.placement != Placement::scores;
@@ -145,11 +169,15 @@ inline bool finish_context(const Call& call, const QueryBlock& q, ForwardBuffers
     }
     store(is_number + v * kLanes, numbers);
   }
-  if (d.on() && d.placement == Placement::context) {
-    keep_tile(call, q, 0, int(p.value_dim), f.keep);
-    drop_elements(q, int(p.value_dim), f.keep, f.context);
-  }
   return std::find(is_number, is_number + q.count, 0.0f) != is_number + q.count;
+}
+
+/// `context` dropout of a normalised context.
+inline void drop_context(const Call& call, const QueryBlock& q, ForwardBuffers& f) {
+  if (!call.dropout.on() || call.dropout.placement != Placement::context) return;
+  const int channels = int(call.problem.value_dim);
+  keep_tile(call, q, 0, channels, f.keep);
+  drop_elements(q, channels, f.keep, f.context);
 }
 
 /// Writes a tile [key][kQueryBlock] into rows of a tensor [batch, heads, queries, keys].
@@ -189,6 +217,13 @@ inline void write_matrices(const Call& call, const QueryBlock& q, const ForwardO
   }
 }
 
+inline void store_lse(const Problem& p, const QueryBlock& q, const ForwardOutputs& out,
+                      const ForwardBuffers& f) {
+  if (!out.lse) return;
+  const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
+  std::memcpy(out.lse + row, f.lse, q.count * sizeof(float));
+}
+
 /// Writes the finished context and lse.
 inline void store_context(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
                           const ForwardBuffers& f) {
@@ -206,49 +241,60 @@ inline void store_context(const Call& call, const QueryBlock& q, const ForwardOu
       narrow(p.type, f.rows + i * width, p.value_dim, out.output, first + i * stride);
     }
   }
-  if (!out.lse) return;
-  const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
-  std::memcpy(out.lse + row, f.lse, q.count * sizeof(float));
+  store_lse(p, q, out, f);
 }
 
 inline bool wants_matrices(const ForwardOutputs& out) {
   return out.scores || out.weights || out.dropped_weights;
 }
 
-inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
-                          ForwardBuffers& f) {
+/// The block's normalised context, before dropout of context.
+inline void compute_context(const Call& call, const QueryBlock& q, ForwardBuffers& f) {
   load_queries(call, q, f.rows, f.scores.queries);
   accumulate_context(call, q, f, false);
-  if (finish_context(call, q, f)) {
+  if (normalise_context(call, q, f)) {
     // A NaN may have come from a key or value that its row does not see: 0 * NaN is NaN.
     accumulate_context(call, q, f, true);
-    finish_context(call, q, f);
+    normalise_context(call, q, f);
   }
+}
+
+inline void forward_block(const Call& call, const QueryBlock& q, const ForwardOutputs& out,
+                          ForwardBuffers& f) {
+  compute_context(call, q, f);
+  drop_context(call, q, f);
   store_context(call, q, out, f);
   if (wants_matrices(out)) write_matrices(call, q, out, f);
 }
+
+/// A call with samples: see attention_samples.inl.
+Status forward_samples(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
+                       const CancelToken& cancel);
 
 inline size_t blocks_per_head(const Problem& p) {
   return (size_t{p.query_length} + kQueryBlock - 1) / kQueryBlock;
 }
 
+/// The block of queries of a task.
+inline QueryBlock block_of_task(const Call& call, size_t task) {
+  // Later blocks see more keys under the causal rule: the longest task goes first.
+  const size_t blocks = blocks_per_head(call.problem);
+  const size_t head = task / blocks, block = blocks - 1 - task % blocks;
+  return query_block(call, uint32_t(head / call.problem.query_heads),
+                     uint32_t(head % call.problem.query_heads), uint32_t(block * kQueryBlock));
+}
+
 void ForwardWork::work(TaskCursor& cursor) {
   ForwardBuffers buffers;
   if (!buffers.allocate(call)) return;
-  const size_t blocks = blocks_per_head(call.problem);
   for (size_t task; cursor.next(task);) {
-    // Later blocks see more keys under the causal rule: the longest task goes first.
-    const size_t head = task / blocks, block = blocks - 1 - task % blocks;
-    const uint32_t b = uint32_t(head / call.problem.query_heads);
-    forward_block(call,
-                  query_block(call, b, uint32_t(head % call.problem.query_heads),
-                              uint32_t(block * kQueryBlock)),
-                  outputs, buffers);
+    forward_block(call, block_of_task(call, task), outputs, buffers);
   }
 }
 
 Status forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                const CancelToken& cancel) {
+  if (p.samples > 0) return forward_samples(p, inputs, outputs, cancel);
   const Call call{p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)};
   if (is_decode(p, outputs)) return decode(call, outputs, cancel);
   ForwardWork work(call, outputs);

@@ -38,6 +38,8 @@ constexpr int kQueryVectors = 3;
 
 #include "cpu/attention_forward.inl"
 
+#include "cpu/attention_samples.inl"
+
 #include "cpu/attention_backward.inl"
 }  // namespace sdpa::avx512
 

@@ -17,6 +17,8 @@ constexpr int kQueryVectors = 2;
 
 #include "cpu/attention_forward.inl"
 
+#include "cpu/attention_samples.inl"
+
 #include "cpu/attention_backward.inl"
 
 const char* unavailable_reason() { return nullptr; }

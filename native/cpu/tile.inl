@@ -360,10 +360,26 @@ inline void philox_lanes(Words c[4], uint32_t key0, uint32_t key1) {
 
 inline Floats one_or_zero(Mask m) { return select(m, broadcast(1.0f), broadcast(0.0f)); }
 
-/// Decisions for the 8 columns of a group, one query a lane, written as 1 (keep) or 0 into the rows
-/// of `keep` that lie in [0, rows).
+/// Takes decisions as 1 (keep) or 0.
+struct KeepRows {
+  float* keep;  // [rows][kQueryBlock]
+  inline void take(int at, Mask kept) const { store(keep + at, one_or_zero(kept)); }
+};
+
+/// Takes decisions by copying elements, dropped ones as 0.
+struct DropRows {
+  const float* from;  // [rows][kQueryBlock]
+  float* to;
+  inline void take(int at, Mask kept) const {
+    store(to + at, select(kept, load(from + at), broadcast(0.0f)));
+  }
+};
+
+/// Draws the decisions for the 8 columns of a group, one query a lane; those of rows that lie in
+/// [0, rows) are taken, for the lanes from `lane` on.
+template <typename Taker>
 inline void draw_group(const Dropout& d, const PhiloxWords& counter, const uint32_t* queries,
-                       int row, int rows, float* keep) {
+                       int row, int rows, int lane, const Taker& taker) {
   const Words query = d.broadcast & kBroadcastQuery ? broadcast_words(0) : load_words(queries);
   Words w[4] = {broadcast_words(counter.w[0]), query, broadcast_words(counter.w[2]),
                 broadcast_words(counter.w[3])};
@@ -371,10 +387,30 @@ inline void draw_group(const Dropout& d, const PhiloxWords& counter, const uint3
   const Words threshold = broadcast_words(d.threshold);
   for (int i = 0; i < 4; ++i, row += 2) {
     if (row >= 0 && row < rows) {
-      store(keep + row * kQueryBlock, one_or_zero(half_at_least<0>(w[i], threshold)));
+      taker.take(row * kQueryBlock + lane, half_at_least<0>(w[i], threshold));
     }
     if (row + 1 >= 0 && row + 1 < rows) {
-      store(keep + (row + 1) * kQueryBlock, one_or_zero(half_at_least<1>(w[i], threshold)));
+      taker.take((row + 1) * kQueryBlock + lane, half_at_least<1>(w[i], threshold));
+    }
+  }
+}
+
+/// Draws the decisions that keep_tile tells of.
+template <typename Taker>
+inline void draw_tile(const Call& call, const QueryBlock& q, uint32_t first, int rows,
+                      const Taker& taker) {
+  const Problem& p = call.problem;
+  const Dropout& d = call.dropout;
+  const uint32_t column = d.placement == Placement::context ? first : p.key_offset + first;
+  uint32_t queries[kQueryBlock];
+  for (uint32_t i = 0; i < kQueryBlock; ++i) queries[i] = p.query_offset + q.first + i;
+  const int lead = int(column % kDecisionsPerCall);  // columns of the first group before `first`
+  for (int row = -lead; row < rows; row += int(kDecisionsPerCall)) {
+    const PhiloxWords counter =
+        dropout_counter(d, p.batch_offset + q.b, p.head_offset + q.head, 0,
+                        (column - uint32_t(lead)) / kDecisionsPerCall + uint32_t(row + lead) / 8);
+    for (int v = 0; v < q.vectors; ++v) {
+      draw_group(d, counter, queries + v * kLanes, row, rows, v * kLanes, taker);
     }
   }
 }
@@ -383,10 +419,9 @@ inline void draw_group(const Dropout& d, const PhiloxWords& counter, const uint3
 /// index `first` on: keep [rows][kQueryBlock], 1 or 0.
 inline void keep_tile(const Call& call, const QueryBlock& q, uint32_t first, int rows,
                       float* keep) {
-  const Problem& p = call.problem;
-  const Dropout& d = call.dropout;
-  const bool context = d.placement == Placement::context;
   if (const uint8_t* const given = call.inputs.keep_mask) {
+    const Problem& p = call.problem;
+    const bool context = call.dropout.placement == Placement::context;
     const size_t width = context ? p.value_dim : p.key_length;
     const size_t row = (size_t{q.b} * p.query_heads + q.head) * p.query_length + q.first;
     for (int k = 0; k < rows; ++k) {
@@ -397,18 +432,7 @@ inline void keep_tile(const Call& call, const QueryBlock& q, uint32_t first, int
     }
     return;
   }
-  const uint32_t column = context ? first : p.key_offset + first;
-  uint32_t queries[kQueryBlock];
-  for (uint32_t i = 0; i < kQueryBlock; ++i) queries[i] = p.query_offset + q.first + i;
-  const int lead = int(column % kDecisionsPerCall);  // columns of the first group before `first`
-  for (int row = -lead; row < rows; row += int(kDecisionsPerCall)) {
-    const PhiloxWords counter =
-        dropout_counter(d, p.batch_offset + q.b, p.head_offset + q.head, 0,
-                        (column - uint32_t(lead)) / kDecisionsPerCall + uint32_t(row + lead) / 8);
-    for (int v = 0; v < q.vectors; ++v) {
-      draw_group(d, counter, queries + v * kLanes, row, rows, keep + v * kLanes);
-    }
-  }
+  draw_tile(call, q, first, rows, KeepRows{keep});
 }
 
 /// One query's attention mask under a tile as a bias [keys]: booleans become 0 or -infinity.

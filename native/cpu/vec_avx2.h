@@ -9,6 +9,8 @@ constexpr int kLanes = 8;
 
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm256_storeu_ps(p, a); }
+inline void stream(float* p, Floats a) { _mm256_stream_ps(p, a); }
+inline void end_streams() { _mm_sfence(); }
 inline Floats broadcast(float a) { return _mm256_set1_ps(a); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }

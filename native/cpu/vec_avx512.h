@@ -10,6 +10,8 @@ constexpr int kLanes = 16;
 
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
+inline void stream(float* p, Floats a) { _mm512_stream_ps(p, a); }
+inline void end_streams() { _mm_sfence(); }
 inline Floats broadcast(float a) { return _mm512_set1_ps(a); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }

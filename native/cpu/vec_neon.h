@@ -9,6 +9,8 @@ constexpr int kLanes = 4;
 
 inline Floats load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Floats a) { vst1q_f32(p, a); }
+inline void stream(float* p, Floats a) { store(p, a); }
+inline void end_streams() {}
 inline Floats broadcast(float a) { return vdupq_n_f32(a); }
 inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 inline Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }

@@ -14,6 +14,9 @@ inline Floats load(const float* p) {
   return a;
 }
 inline void store(float* p, Floats a) { std::memcpy(p, &a, sizeof a); }
+/// A store past the caches, to memory aligned for a vector; end_streams() makes all of them seen.
+inline void stream(float* p, Floats a) { store(p, a); }
+inline void end_streams() {}
 inline Floats broadcast(float a) { return Floats{a, a, a, a}; }
 inline Floats add(Floats a, Floats b) { return a + b; }
 inline Floats sub(Floats a, Floats b) { return a - b; }

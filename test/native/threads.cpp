@@ -138,7 +138,8 @@ Status compute(const Backend& backend, const Case& c, Results& r,
   const void* const mask = c.mask.empty() ? nullptr : c.mask.data();
   const Inputs inputs{c.query.data(), c.key.data(), c.value.data(), mask,
                       nullptr,        nullptr,      nullptr,        nullptr};
-  const ForwardOutputs outputs{r.output.data(), r.lse.data(), nullptr, nullptr, nullptr};
+  const ForwardOutputs outputs{r.output.data(), r.lse.data(), nullptr, nullptr,
+                               nullptr,         nullptr,      nullptr};
   const BackwardTensors tensors{r.output.data(),
                                 r.lse.data(),
                                 c.grad_output.data(),
