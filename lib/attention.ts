@@ -518,11 +518,13 @@ async function stoppable(
   // A signal need not be Node's own: what its methods throw belongs to this call's promise.
   signal.addEventListener('abort', stop, { once: true });
   try {
-    const fail = () => Promise.reject(abortedError(signal));
-    await Promise.race([run(cancel), stopped.then(fail)]);
+    await Promise.race([run(cancel), stopped]);
+  } catch (error) {
+    if (cancel[0] === 0) throw error;
   } finally {
     signal.removeEventListener('abort', stop);
   }
+  if (cancel[0] !== 0) throw abortedError(signal);
 }
 
 /** What `backward` needs of a forward call. */
@@ -570,7 +572,7 @@ function noBackward(samples: number): Error {
 }
 
 function createMoments(call: Call, outputs: ForwardOutputs): AttentionMoments {
-  const { problem, backend } = call;
+  const { backend } = call;
   const tensor = (data: Float32Array | null, dims: readonly number[]) =>
     adoptTensor(FLOAT32, data as Float32Array, [...dims]);
   return {

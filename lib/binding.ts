@@ -108,8 +108,8 @@ export interface LoadedBinding {
 
 const NEEDED_NODE_API = 9;
 
-/** More than Node's loader and ours take together. */
-const FRAMES_TO_LOAD = 300;
+/** Of takeStack: what Node's loader and ours take together, and half as much again. */
+const FRAMES_TO_LOAD = 1500;
 
 /** Why the cuda backend cannot be had. */
 export const NO_CUDA = 'cuda: this version of node-sdpa has no CUDA backend; use "cpu" or "auto"';

@@ -19,13 +19,15 @@ export interface ChildOptions {
   /** A program on standard input. */
   input?: string;
   timeout?: number;
+  /** Another user to run as; only root can. */
+  uid?: number;
   /** The model of a processor to play, as qemu-x86_64 -cpu takes it. */
   emulated?: string;
 }
 
 /** Runs Node in the package's root, so that 'node-sdpa' is this package, through its exports. */
 export function runNode(options: ChildOptions) {
-  const { args = [], env = {}, input = '', timeout = 60_000, emulated } = options;
+  const { args = [], env = {}, input = '', timeout = 60_000, uid, emulated } = options;
   const [program, ...before] = emulated
     ? ['qemu-x86_64', '-cpu', emulated, process.execPath, '--jitless']
     : [process.execPath];
@@ -34,6 +36,7 @@ export function runNode(options: ChildOptions) {
       cwd: ROOT,
       env: { ...cleanEnvironment(), ...env },
       timeout,
+      uid,
       killSignal: 'SIGKILL',
     });
     let stdout = '';
