@@ -3,7 +3,16 @@
 
 import { checkSignal, joinWords, type NoOptions, readOptions } from './arguments';
 import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
-import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
+import {
+  allocateFloat32,
+  allocateFloats,
+  allocateInt32,
+  BOOL,
+  byteLength,
+  checkBytes,
+  copyArray,
+  FLOAT32,
+} from './memory';
 import {
   type AttentionOptions,
   type BackwardTensors,
@@ -448,20 +457,28 @@ function stable(view: TensorView): TensorView {
 
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
-  const { problem, outputs, outputDims } = call;
-  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const { problem, outputs } = call;
   const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
-  const moment = () =>
-    wantsMoments ? allocateFloat32(elementCount('output', call.sampleDims)) : null;
-  const whole = () => allocateFloats(problem.type, elementCount('output', outputDims));
+  const size = wantsMoments || output !== null ? 0 : elementCount('output', call.outputDims);
+  const rows = withLse ? elementCount('lse', call.lseDims) : 0;
+  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const squareOf = (wanted: number) => (outputs & wanted ? square : 0);
+  const scores = squareOf(WANTS_SCORES);
+  const weights = squareOf(WANTS_WEIGHTS);
+  const droppedWeights = squareOf(WANTS_DROPPED_WEIGHTS);
+  const moment = wantsMoments ? elementCount('output', call.sampleDims) : 0;
+  const floats = rows + scores + weights + droppedWeights + 2 * moment;
+  // Moments are summed in float64.
+  checkBytes(byteLength(problem.type, size) + byteLength(FLOAT32, floats) + 16 * moment);
+  const floatsOrNull = (length: number) => (length > 0 ? allocateFloat32(length) : null);
   return {
-    output: wantsMoments ? null : (output ?? whole()),
-    lse: withLse ? allocateFloat32(elementCount('lse', call.lseDims)) : null,
-    scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
-    weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
-    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
-    mean: moment(),
-    variance: moment(),
+    output: size > 0 ? allocateFloats(problem.type, size) : output,
+    lse: floatsOrNull(rows),
+    scores: floatsOrNull(scores),
+    weights: floatsOrNull(weights),
+    droppedWeights: floatsOrNull(droppedWeights),
+    mean: floatsOrNull(moment),
+    variance: floatsOrNull(moment),
   };
 }
 
@@ -641,6 +658,8 @@ function readGradOutput(call: Call, value: unknown): TensorView {
 function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
   const { query, key, value, mask, problem } = saved.call;
   const hasBias = mask !== null && mask.type !== BOOL;
+  const bytesOf = ({ type, data }: TensorView) => byteLength(type, data.length);
+  checkBytes(bytesOf(query) + bytesOf(key) + bytesOf(value) + (hasBias ? bytesOf(mask) : 0));
   return {
     output: saved.output,
     lse: saved.lse,

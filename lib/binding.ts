@@ -93,6 +93,8 @@ export interface NativeBinding {
   setNumThreads(count: number): void;
   /** 0 until the first setNumThreads in the process */
   getNumThreads(): number;
+  /** The most bytes of results and working buffers that a call may have, in the whole process */
+  setMostBytes(bytes: number): void;
   /** Makes the garbage collector count fresh shared memory, which it does not by itself */
   adoptMemory(bytes: Uint8Array): void;
   /** Ends what adoptMemory began; the number of bytes */

@@ -3,6 +3,7 @@
 import { checkUint64, checkWord, checkWordList, type NoOptions, readOptions } from './arguments';
 import { selectBackend } from './backends';
 import { sdpaError, shapeMismatch, unsupported } from './errors';
+import { checkBytes } from './memory';
 import {
   type BackendName,
   BROADCAST_AXES,
@@ -133,6 +134,7 @@ function resolveDims(problem: Draft, value: unknown): number {
 }
 
 function allocateMask(length: number): Uint8Array<ArrayBuffer> {
+  checkBytes(length);
   try {
     return new Uint8Array(length);
   } catch (cause) {

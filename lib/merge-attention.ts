@@ -4,7 +4,7 @@
 import { checkWord, describe, type NoOptions, readOptions } from './arguments';
 import { invalidType, invalidValue, shapeMismatch } from './errors';
 import { readRow, writeRow } from './js-storage';
-import { allocateFloat32, allocateFloats, BOOL, FLOAT32 } from './memory';
+import { allocateFloat32, allocateFloats, BOOL, byteLength, checkBytes, FLOAT32 } from './memory';
 import { type FloatArray, LAYOUTS, type Layout, sameShape } from './problem';
 import {
   adoptTensor,
@@ -131,6 +131,7 @@ export function mergeAttention(
     checkLength(`parts[${i}].output`, part.output);
     checkLength(`parts[${i}].lse`, part.lse);
   });
+  checkBytes(byteLength(output.type, output.data.length) + byteLength(FLOAT32, lse.data.length));
   const merged = allocateFloats(output.type, output.data.length);
   const mergedLse = allocateFloat32(lse.data.length);
   mergeRows(views, major, minor, merged, mergedLse);

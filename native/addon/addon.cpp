@@ -15,6 +15,7 @@
 
 #include "addon/huge_pages.h"
 #include "backends.h"
+#include "core/budget.h"
 #include "core/keep_mask.h"
 #include "core/queue.h"
 #include "cpu/sequences.h"
@@ -168,8 +169,12 @@ class ArrayReader {
         actual != type || !is_product(length, a, b, c, d)) {
       fail(env_, "a tensor does not have the kind or length that the header states");
     }
+    bytes_ += length * element_size(type);
     return data;
   }
+
+  /// Of all tensors so far.
+  uint64_t bytes() const { return bytes_; }
 
  private:
   bool is_null(napi_value value) {
@@ -187,8 +192,13 @@ class ArrayReader {
     return length == d;
   }
 
+  static size_t element_size(napi_typedarray_type type) {
+    return type == napi_uint8_array ? 1 : type == napi_uint16_array ? 2 : 4;
+  }
+
   Napi::Env env_;
   const napi_value* next_;
+  uint64_t bytes_ = 0;
 };
 
 napi_typedarray_type array_type(Type type) {
@@ -206,6 +216,9 @@ struct Extent {
   uint64_t batch, length;
 };
 
+/// The most bytes of results and working buffers that one call may have.
+std::atomic<uint64_t> g_most_bytes{UINT64_MAX};
+
 /// A call with all that it points to. Per-batch integers are copied, since kernels use them as
 /// bounds and shared memory may change under us.
 struct CallArguments {
@@ -215,6 +228,7 @@ struct CallArguments {
   ForwardOutputs outputs{};
   BackwardTensors tensors{};
   bool is_backward;
+  uint64_t result_bytes = 0;
   Sequences sequences;
   uint64_t block_count = 0;  // of a cache
   std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
@@ -235,16 +249,33 @@ struct CallArguments {
       fail(env, "header: samples are of an ordinary forward call");
     }
     read_inputs(env, reader);
+    if (is_backward) read_forward_results(reader);
+    const uint64_t given = reader.bytes();
     if (is_backward) {
-      read_backward(reader);
+      read_gradients(reader);
     } else {
       read_forward(env, reader);
     }
+    result_bytes = reader.bytes() - given;
   }
 
   CallArguments(const CallArguments&) = delete;
 
+  /// Within the limit that is set for a call.
   Status run(const CancelToken& cancel) const {
+    const uint64_t most = g_most_bytes.load(std::memory_order_relaxed);
+    if (most == UINT64_MAX) return run_unlimited(cancel);
+    Budget budget(most - std::min<uint64_t>(most, result_bytes));
+    const BudgetScope scope(&budget);
+    Status status = run_unlimited(cancel);
+    if (status.code == StatusCode::out_of_memory && budget.refused()) {
+      status.message = "the call needs more working memory than SDPA_MAX_BYTES allows";
+    }
+    return status;
+  }
+
+ private:
+  Status run_unlimited(const CancelToken& cancel) const {
     if (sequences.any()) {
       return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
                          : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
@@ -253,7 +284,6 @@ struct CallArguments {
                        : backend->forward(problem, inputs, outputs, cancel);
   }
 
- private:
   Extent queries() const {
     if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
     return {problem.batch, problem.query_length};
@@ -374,17 +404,24 @@ struct CallArguments {
     }
   }
 
-  void read_backward(ArrayReader& reader) {
+  /// What a backward call reads besides the inputs.
+  void read_forward_results(ArrayReader& reader) {
     const Problem& p = problem;
-    const napi_typedarray_type type = array_type(p.type);
-    const Extent q = queries(), k = keys();
+    const Extent q = queries();
     const auto like_output = [&] {
-      return reader.tensor(type, false, q.batch, p.query_heads, q.length, p.value_dim);
+      return reader.tensor(array_type(p.type), false, q.batch, p.query_heads, q.length,
+                           p.value_dim);
     };
     tensors.output = like_output();
     tensors.lse = static_cast<float*>(
         reader.tensor(napi_float32_array, false, q.batch, p.query_heads, q.length));
     tensors.grad_output = like_output();
+  }
+
+  void read_gradients(ArrayReader& reader) {
+    const Problem& p = problem;
+    const napi_typedarray_type type = array_type(p.type);
+    const Extent q = queries(), k = keys();
     tensors.grad_query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
     tensors.grad_key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
     tensors.grad_value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);
@@ -616,6 +653,14 @@ napi_value get_num_threads(Napi::Env env, const napi_value*) {
   return Napi::Number::New(env, ThreadPool::shared().threads());
 }
 
+/// The most bytes that a call may have from now on, in the whole process.
+napi_value set_most_bytes(Napi::Env env, const napi_value* values) {
+  const double bytes = Napi::Value(env, values[0]).ToNumber().DoubleValue();
+  if (!(bytes >= 0 && bytes <= 9007199254740991.0)) fail(env, "setMostBytes: out of range");
+  g_most_bytes.store(uint64_t(bytes), std::memory_order_relaxed);
+  return nullptr;
+}
+
 /// Takes note of the fresh SharedArrayBuffer of a Uint8Array. V8 does not count these by itself,
 /// and would collect them far too late.
 napi_value adopt_memory(Napi::Env env, const napi_value* values) {
@@ -679,6 +724,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   add_function<2, dropout_mask>(env, exports, "dropoutMask");
   add_function<1, set_num_threads>(env, exports, "setNumThreads");
   add_function<0, get_num_threads>(env, exports, "getNumThreads");
+  add_function<1, set_most_bytes>(env, exports, "setMostBytes");
   add_function<1, adopt_memory>(env, exports, "adoptMemory");
   add_function<1, release_memory>(env, exports, "releaseMemory");
   return exports;

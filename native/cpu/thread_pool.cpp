@@ -37,7 +37,7 @@ Status ThreadPool::run(size_t count, bool parallel, const CancelToken& cancel, P
 }
 
 void ThreadPool::run_with_helpers(int seats, TaskCursor& cursor, ParallelWork& work) {
-  Region region{work, cursor, seats};
+  Region region{work, cursor, Budget::current(), seats};
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     regions_.push(&region);
@@ -106,7 +106,10 @@ void ThreadPool::worker_loop() {
       --region->seats;
       ++region->helpers;
       lock.unlock();
-      region->work.work(region->cursor);
+      {
+        const BudgetScope scope(region->budget);
+        region->work.work(region->cursor);
+      }
       lock.lock();
       if (--region->helpers == 0) helper_left_.notify_all();
     } else {

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "core/backend.h"
+#include "core/budget.h"
 #include "core/queue.h"
 
 namespace sdpa {
@@ -76,6 +77,7 @@ class ThreadPool {
   struct Region {
     ParallelWork& work;
     TaskCursor& cursor;
+    Budget* budget;   // of its call
     int seats;        // how many more helpers may join
     int helpers = 0;  // how many are in it now
     Region* next = nullptr;
