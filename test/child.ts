@@ -16,6 +16,8 @@ export interface Finished {
 export interface ChildOptions {
   args?: string[];
   env?: Record<string, string>;
+  /** Default: the package's root. */
+  cwd?: string;
   /** A program on standard input. */
   input?: string;
   timeout?: number;
@@ -25,15 +27,15 @@ export interface ChildOptions {
   emulated?: string;
 }
 
-/** Runs Node in the package's root, so that 'node-sdpa' is this package, through its exports. */
+/** Runs Node; in the package's root, 'node-sdpa' is this package, through its exports. */
 export function runNode(options: ChildOptions) {
-  const { args = [], env = {}, input = '', timeout = 60_000, uid, emulated } = options;
+  const { args = [], env = {}, input = '', timeout = 60_000, cwd = ROOT, uid, emulated } = options;
   const [program, ...before] = emulated
     ? ['qemu-x86_64', '-cpu', emulated, process.execPath, '--jitless']
     : [process.execPath];
   return new Promise<Finished>((resolve, reject) => {
     const child = spawn(program, [...before, ...args], {
-      cwd: ROOT,
+      cwd,
       env: { ...cleanEnvironment(), ...env },
       timeout,
       uid,

@@ -73,7 +73,7 @@ void ThreadPool::ensure_workers(int wanted) {
   const int missing = std::min(wanted - idle_ + int(queued_), most_workers() - workers_);
   for (int i = 0; i < missing; ++i) {
     try {
-      std::thread(&ThreadPool::worker_loop, this).detach();
+      std::thread([this] { worker_loop(); }).detach();  // a local type exports no symbols
     } catch (const std::exception&) {
       break;  // no more threads, or no memory for one: go on with those that there are
     }
