@@ -1,10 +1,19 @@
 // The operation: options to Problem, one backend call, result; forward and backward, at once or
 // as a promise.
 
-import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
+import { checkSignal, joinWords, type NoOptions, readOptions } from './arguments';
 import { reported, reportedAsync } from './diagnostics';
 import { abortedError, disposedError, invalidType, shapeMismatch, unsupported } from './errors';
-import { allocateFloat32, allocateFloats, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
+import {
+  allocateFloat32,
+  allocateFloats,
+  allocateInt32,
+  BOOL,
+  byteLength,
+  checkBytes,
+  copyArray,
+  FLOAT32,
+} from './memory';
 import {
   type AttentionOptions,
   type BackwardTensors,
@@ -232,19 +241,16 @@ export async function scaledDotProductAttention(
   options?: AttentionOptions,
 ): Promise<Tensor> {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, await forward(withStableInputs(call), false));
 }
 
 /** Output and lse of a resolved call, beside the event loop. */
 export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
-  throwIfAborted(call.signal);
   return outputAndLse(call, await forward(withStableInputs(call), true));
 }
 
 /** As {@link runForward}, on the calling thread. */
 export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
-  throwIfAborted(call.signal);
   return outputAndLse(call, forwardSync(call, true));
 }
 
@@ -286,7 +292,6 @@ export function scaledDotProductAttentionSync(
   options?: AttentionOptions,
 ): Tensor {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, forwardSync(call, false));
 }
 
@@ -352,7 +357,6 @@ export async function attentionForward(
   options?: AttentionOptions | MomentsOptions,
 ): Promise<AttentionResult | AttentionMoments> {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   const call = withStableInputs(borrowed);
   const outputs = await forward(call, true);
   return call.outputs & WANTS_MOMENTS ? createMoments(call, outputs) : createResult(call, outputs);
@@ -415,7 +419,6 @@ export function attentionForwardSync(
   options?: AttentionOptions | MomentsOptions,
 ): AttentionResult | AttentionMoments {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   if (borrowed.outputs & WANTS_MOMENTS) return createMoments(borrowed, forwardSync(borrowed, true));
   const call = withStableInputs(borrowed); // backward reads them again
   return createResult(call, forwardSync(call, true));
@@ -455,42 +458,62 @@ function stable(view: TensorView): TensorView {
 
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
-  const { problem, outputs, outputDims } = call;
-  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const { problem, outputs } = call;
   const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
-  const moment = () =>
-    wantsMoments ? allocateFloat32(elementCount('output', call.sampleDims)) : null;
-  const whole = () => allocateFloats(problem.type, elementCount('output', outputDims));
+  const size = wantsMoments || output !== null ? 0 : elementCount('output', call.outputDims);
+  const rows = withLse ? elementCount('lse', call.lseDims) : 0;
+  const square = problem.batch * problem.queryHeads * problem.queryLength * problem.keyLength;
+  const squareOf = (wanted: number) => (outputs & wanted ? square : 0);
+  const scores = squareOf(WANTS_SCORES);
+  const weights = squareOf(WANTS_WEIGHTS);
+  const droppedWeights = squareOf(WANTS_DROPPED_WEIGHTS);
+  const moment = wantsMoments ? elementCount('output', call.sampleDims) : 0;
+  const floats = rows + scores + weights + droppedWeights + 2 * moment;
+  // Moments are summed in float64.
+  checkBytes(byteLength(problem.type, size) + byteLength(FLOAT32, floats) + 16 * moment);
+  const floatsOrNull = (length: number) => (length > 0 ? allocateFloat32(length) : null);
   return {
-    output: wantsMoments ? null : (output ?? whole()),
-    lse: withLse ? allocateFloat32(elementCount('lse', call.lseDims)) : null,
-    scores: outputs & WANTS_SCORES ? allocateFloat32(square) : null,
-    weights: outputs & WANTS_WEIGHTS ? allocateFloat32(square) : null,
-    droppedWeights: outputs & WANTS_DROPPED_WEIGHTS ? allocateFloat32(square) : null,
-    mean: moment(),
-    variance: moment(),
+    output: size > 0 ? allocateFloats(problem.type, size) : output,
+    lse: floatsOrNull(rows),
+    scores: floatsOrNull(scores),
+    weights: floatsOrNull(weights),
+    droppedWeights: floatsOrNull(droppedWeights),
+    mean: floatsOrNull(moment),
+    variance: floatsOrNull(moment),
   };
 }
 
 /** Runs a forward call beside the event loop. Inputs must be stable. */
 async function forward(call: Call, withLse: boolean): Promise<ForwardOutputs> {
-  const { problem, backend, signal, outData } = call;
-  // A stopped call leaves its output half written, so the caller's `out` waits for the end.
-  const isAside = outData !== null && signal !== undefined;
-  const outputs = allocateOutputs(call, isAside ? null : outData, withLse);
+  const { problem, backend, signal } = call;
+  const outputs = allocateOutputs(call, isAside(call) ? null : call.outData, withLse);
   const inputs = inputsOf(call);
   await reportedAsync('forward', call, () =>
     stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel)),
   );
-  if (!isAside) return outputs;
-  outData.set(outputs.output as FloatArray);
-  return { ...outputs, output: outData };
+  return withOut(call, outputs);
 }
 
 function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
-  const outputs = allocateOutputs(call, call.outData, withLse);
+  const outputs = allocateOutputs(call, isAside(call) ? null : call.outData, withLse);
   reported('forward', call, () => call.backend.forwardSync(call.problem, inputsOf(call), outputs));
-  return outputs;
+  return withOut(call, outputs);
+}
+
+/**
+ * Whether the caller's `out` has to wait for the end: what is stopped, or gets no memory for a later
+ * part of several, leaves its output half written.
+ */
+function isAside({ outData, signal, sequences, keyBlocks, problem }: Call): boolean {
+  if (outData === null) return false;
+  return signal !== undefined || sequences !== null || keyBlocks !== null || problem.samples > 0;
+}
+
+function withOut(call: Call, outputs: ForwardOutputs): ForwardOutputs {
+  if (!isAside(call)) return outputs;
+  const output = call.outData as FloatArray;
+  output.set(outputs.output as FloatArray);
+  return { ...outputs, output };
 }
 
 /** The output as a tensor: the caller's where there is one. */
@@ -498,27 +521,30 @@ function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
   return call.out ?? adoptTensor(call.problem.type, output as FloatArray, call.outputDims);
 }
 
-function throwIfAborted(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw abortedError(signal);
-}
-
 /** Runs work that a signal can stop; the promise does not wait until the work has noticed. */
-function stoppable(
+async function stoppable(
   signal: AbortSignal | undefined,
   run: (cancel: Int32Array | null) => Promise<void>,
 ): Promise<void> {
   if (signal === undefined) return run(null);
-  return new Promise((resolve, reject) => {
-    const cancel = allocateInt32(1);
-    const work = run(cancel);
-    const stop = () => {
+  const cancel = allocateInt32(1);
+  let stop = () => {};
+  const stopped = new Promise<void>((resolve) => {
+    stop = () => {
       Atomics.store(cancel, 0, 1);
-      reject(abortedError(signal));
+      resolve();
     };
-    signal.addEventListener('abort', stop, { once: true });
-    const end = () => signal.removeEventListener('abort', stop);
-    work.then(resolve, reject).finally(end);
   });
+  // A signal need not be Node's own: what its methods throw belongs to this call's promise.
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    await Promise.race([run(cancel), stopped]);
+  } catch (error) {
+    if (cancel[0] === 0) throw error;
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+  if (cancel[0] !== 0) throw abortedError(signal);
 }
 
 /** What `backward` needs of a forward call. */
@@ -593,7 +619,6 @@ async function backward(
 ): Promise<Gradients> {
   const { call } = saved;
   const signal = readBackwardSignal(options);
-  throwIfAborted(signal);
   const gradOutput = stable(readGradOutput(call, gradOutputLike));
   const tensors = allocateGradients(saved, gradOutput);
   const { problem, backend } = call;
@@ -606,7 +631,7 @@ async function backward(
 
 function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): Gradients {
   const { call } = saved;
-  throwIfAborted(readBackwardSignal(options));
+  readBackwardSignal(options);
   const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
   reported('backward', call, () =>
     call.backend.backwardSync(call.problem, inputsOf(call), tensors),
@@ -614,13 +639,11 @@ function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): 
   return toGradients(call, tensors);
 }
 
-const BACKWARD_OPTIONS: ReadonlySet<string> = new Set(['signal']);
+const NO_BACKWARD_OPTIONS: NoOptions<BackwardOptions> = { signal: undefined };
 
 function readBackwardSignal(options: unknown): AbortSignal | undefined {
   if (options === undefined) return undefined;
-  checkPlainObject('options', options);
-  checkOptionNames(options, BACKWARD_OPTIONS);
-  return checkSignal('signal', (options as BackwardOptions).signal);
+  return checkSignal('signal', readOptions<BackwardOptions>(options, NO_BACKWARD_OPTIONS).signal);
 }
 
 /** The gradient of the output: of the output's type and shape. */
@@ -642,6 +665,8 @@ function readGradOutput(call: Call, value: unknown): TensorView {
 function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
   const { query, key, value, mask, problem } = saved.call;
   const hasBias = mask !== null && mask.type !== BOOL;
+  const bytesOf = ({ type, data }: TensorView) => byteLength(type, data.length);
+  checkBytes(bytesOf(query) + bytesOf(key) + bytesOf(value) + (hasBias ? bytesOf(mask) : 0));
   return {
     output: saved.output,
     lse: saved.lse,

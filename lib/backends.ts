@@ -7,6 +7,7 @@ import { debug, loadBinding, type NativeBinding, NO_CUDA } from './binding';
 import { invalidValue, type SdpaError, sdpaError } from './errors';
 import { jsBackward, jsForward, type TaskList } from './js-backend';
 import { fillKeepMask } from './js-dropout';
+import { readMostBytes } from './memory';
 import type { BackwardTensors, ForwardOutputs, Inputs, Problem } from './problem-header';
 import { encodeProblem, PROBLEM_FIELDS } from './problem-header';
 
@@ -228,10 +229,12 @@ export function listCandidates(): { candidates: readonly Candidate[]; auto: Cand
   return selection;
 }
 
-/** Reads the environment, once: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS. */
+/** Reads the environment, once: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS, SDPA_MAX_BYTES. */
 function readSelection(): Selection {
   const { SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS } = process.env;
   applyThreadCount(SDPA_NUM_THREADS);
+  const mostBytes = readMostBytes();
+  if (Number.isFinite(mostBytes)) loadBinding().native?.setMostBytes(mostBytes);
   const candidates = listAll();
   const cpu = chooseCpu(SDPA_CPU_ISA, candidates);
   const auto = chooseAuto(SDPA_BACKEND, candidates, cpu);

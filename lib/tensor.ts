@@ -4,7 +4,7 @@ import { describe, wrongWord } from './arguments';
 import { NO_CUDA } from './binding';
 import { disposedError, invalidType, invalidValue, sdpaError, shapeMismatch } from './errors';
 import { bfloat16sToFloats, halvesToFloats } from './float16';
-import { BFLOAT16, BOOL, copyArray, FLOAT16, FLOAT32 } from './memory';
+import { allocateInt32, BFLOAT16, BOOL, copyArray, FLOAT16, FLOAT32 } from './memory';
 
 /**
  * What the elements of a tensor are: IEEE single or half precision, bfloat16, or booleans.
@@ -111,6 +111,7 @@ let isTensorObject: (value: object) => boolean;
  */
 export class Tensor implements TensorLike {
   #view: TensorView;
+  #data: TensorData | undefined; // what callers see, and may change the properties of
   #isDisposed = false;
 
   /**
@@ -181,7 +182,11 @@ export class Tensor implements TensorLike {
    */
   get data(): TensorData {
     if (this.#isDisposed) throw disposedError('Tensor');
-    return this.#view.data;
+    if (this.#data === undefined) {
+      const { type, data } = this.#view;
+      this.#data = viewOf(type, data.buffer, data.byteOffset, data.length);
+    }
+    return this.#data;
   }
 
   /**
@@ -280,7 +285,8 @@ export class Tensor implements TensorLike {
    * ```
    */
   toFloat32Array(): Float32Array<ArrayBuffer> {
-    const data = this.data;
+    if (this.#isDisposed) throw disposedError('Tensor');
+    const { data } = this.#view;
     const floats = new Float32Array(data.length);
     if (this.#view.type === FLOAT16) halvesToFloats(data as Uint16Array, floats);
     else if (this.#view.type === BFLOAT16) bfloat16sToFloats(data as Uint16Array, floats);
@@ -303,6 +309,7 @@ export class Tensor implements TensorLike {
    */
   dispose(): void {
     this.#isDisposed = true;
+    this.#data = undefined;
     this.#view = new TensorView(this.#view.type, new Uint8Array(0), this.#view.dims, true);
   }
 
@@ -396,7 +403,7 @@ function copyView(type: unknown, data: unknown, dims: unknown): TensorView {
 }
 
 function createView(argument: string, type: unknown, data: unknown, dims: unknown): TensorView {
-  const tag = typedArrayTag.call(data);
+  const tag = tagOf(data);
   let code: number;
   if (tag === 'Float32Array' && (type === undefined || type === 'float32')) code = FLOAT32;
   else if (tag === 'Uint8Array' && (type === undefined || type === 'bool')) code = BOOL;
@@ -404,17 +411,46 @@ function createView(argument: string, type: unknown, data: unknown, dims: unknow
   else if (tag === 'Uint16Array' && type === 'bfloat16') code = BFLOAT16;
   else if (tag === 'Float16Array' && (type === undefined || type === 'float16')) code = FLOAT16;
   else throw wrongData(argument, tag, type, data);
-  checkBuffer(argument, (data as TensorData).buffer);
   const sizes = readDims(dims, argument, '.dims');
-  if (tag !== 'Float16Array') return new TensorView(code, data as TensorData, sizes, false);
-  return new TensorView(code, bitPatterns(argument, data as Float16ArrayLike), sizes, false);
+  return new TensorView(code, plainView(argument, code, data), sizes, false);
 }
 
-/** A typed array's class name, whatever realm or subclass it is of; undefined for all else. */
-const typedArrayTag = Object.getOwnPropertyDescriptor(
+/** A view of the same elements whose properties nobody else can reach. */
+function plainView(argument: string, code: number, data: unknown): TensorData {
+  const buffer = bufferOf(data);
+  checkBuffer(argument, buffer);
+  return viewOf(code, buffer, byteOffsetOf(data), lengthOf(data));
+}
+
+function viewOf(code: number, buffer: ArrayBufferLike, offset: number, length: number): TensorData {
+  if (code === FLOAT32) return new Float32Array(buffer, offset, length);
+  if (code === BOOL) return new Uint8Array(buffer, offset, length);
+  return new Uint16Array(buffer, offset, length); // bit patterns, of a Float16Array too
+}
+
+// What an array is, asked of itself and not of the properties that a caller may have put before
+// its own: whatever realm or subclass it is of.
+const ARRAY_PROPERTIES = Object.getOwnPropertyDescriptors(
   Object.getPrototypeOf(Uint8Array.prototype),
-  Symbol.toStringTag,
-)?.get as (this: unknown) => string | undefined;
+) as Record<PropertyKey, PropertyDescriptor>;
+const tagOf = getterOf<string | undefined>(Symbol.toStringTag); // undefined for all but arrays
+const bufferOf = getterOf<ArrayBufferLike>('buffer');
+const byteOffsetOf = getterOf<number>('byteOffset');
+const lengthOf = getterOf<number>('length');
+
+function getterOf<T>(name: PropertyKey): (array: unknown) => T {
+  const getter = ARRAY_PROPERTIES[name].get as () => T;
+  return (array) => getter.call(array);
+}
+
+/** The elements of an Int32Array in an array of our own; null for all else. */
+export function copyInt32Array(value: unknown): Int32Array | null {
+  if (tagOf(value) !== 'Int32Array') return null;
+  const length = lengthOf(value); // 0 where it is detached
+  const copy = allocateInt32(length);
+  if (length > 0) copy.set(new Int32Array(bufferOf(value), byteOffsetOf(value), length));
+  return copy;
+}
 
 function wrongData(argument: string, tag: string | undefined, type: unknown, data: unknown): Error {
   if (tag === 'Uint16Array' && type === undefined) {
@@ -437,8 +473,9 @@ interface BufferState {
   readonly growable?: boolean;
 }
 
-/** An array whose length may change while it is computed on is refused. */
+/** An array that is detached is refused, and one whose length may change while it is computed on. */
 function checkBuffer(argument: string, buffer: ArrayBufferLike & BufferState): void {
+  if (isDetached(buffer)) throw detachedError(argument);
   if (buffer.resizable === true || buffer.growable === true) {
     const kind = buffer.resizable === true ? 'resizable' : 'growable';
     throw invalidType(`${argument}.data`, 'a buffer of fixed length', `a ${kind} one`);
@@ -457,11 +494,6 @@ function isDetached(buffer: ArrayBufferLike): boolean {
   } catch {
     return true;
   }
-}
-
-function bitPatterns(argument: string, data: Float16ArrayLike): Uint16Array {
-  if (isDetached(data.buffer)) throw detachedError(argument);
-  return new Uint16Array(data.buffer, data.byteOffset, data.length);
 }
 
 /** A copy of a shape, each size checked; errors name `argument` and `property`. */

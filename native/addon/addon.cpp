@@ -12,6 +12,7 @@
 #include "addon/flat_call.h"
 #include "addon/huge_pages.h"
 #include "core/keep_mask.h"
+#include "core/queue.h"
 #include "cpu/thread_pool.h"
 
 namespace sdpa {
@@ -86,18 +87,6 @@ FlatCall flat_call(Napi::Env env, const napi_value* values, bool is_backward) {
   return FlatCall(array_of(env, values[0]), backend, arrays.data(), is_backward);
 }
 
-/// What `work` gives; what it throws, as an error of JavaScript.
-template <typename Work>
-auto with_errors(Napi::Env env, const Work& work) {
-  try {
-    return work();
-  } catch (const Status& status) {
-    throw make_error(env, status);
-  } catch (const std::bad_alloc&) {
-    throw make_error(env, {StatusCode::out_of_memory, "no memory for the call"});
-  }
-}
-
 // ------------------------------------------------------------------------------ asynchronous calls
 
 class Environment;
@@ -110,6 +99,7 @@ struct AsyncCall final : Job {
   Status status;
   Napi::Promise::Deferred deferred;
   Napi::ObjectReference arrays;  // keeps the typed arrays alive
+  AsyncCall* next = nullptr;     // the environment's
 
   AsyncCall(Environment& environment, Napi::Env env, const napi_value* values, bool is_backward,
             const std::atomic<int32_t>* external)
@@ -153,7 +143,7 @@ class Environment {
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      running_.push_back(call);
+      running_.push(call);
     }
     const Status status = ThreadPool::shared().submit(call);
     if (status.ok()) {
@@ -162,7 +152,7 @@ class Environment {
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      forget(call);
+      running_.remove(call);
     }
     call->status = status;
     settle(env, call);
@@ -172,22 +162,15 @@ class Environment {
   /// Called by a pool thread.
   void finish(AsyncCall* call) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    forget(call);
-    finished_.push_back(call);
-    if (!closing_ && finished_.size() == 1) finished_signal_.NonBlockingCall();
+    const bool is_first = finished_.empty();
+    running_.remove(call);
+    finished_.push(call);
+    if (!closing_ && is_first) finished_signal_.NonBlockingCall();
     none_running_.notify_all();
   }
 
  private:
   using Signal = Napi::TypedThreadSafeFunction<Environment, void, drain>;
-
-  void forget(AsyncCall* call) {
-    for (AsyncCall*& running : running_) {
-      if (running != call) continue;
-      running = running_.back();
-      return running_.pop_back();
-    }
-  }
 
   static void settle(Napi::Env env, AsyncCall* call) {
     if (call->status.ok()) {
@@ -199,36 +182,43 @@ class Environment {
   }
 
   void settle_finished(Napi::Env env) {
-    std::vector<AsyncCall*> finished;
+    AsyncCall* next;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      finished.swap(finished_);
+      next = finished_.take_all();
     }
     const Napi::HandleScope scope(env);
-    for (AsyncCall* const call : finished) settle(env, call);
-    pending_ -= finished.size();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      settle(env, call);
+      --pending_;
+    }
     if (pending_ == 0) finished_signal_.Unref(env);
   }
 
   void close() {
     std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
-    const std::vector<AsyncCall*> running = running_;
-    for (AsyncCall* const call : running) {
+    AsyncCall* next = running_.first();
+    while (AsyncCall* const call = next) {
+      next = call->next;
       call->cancel.cancel();
       if (!ThreadPool::shared().withdraw(call)) continue;
-      forget(call);
-      finished_.push_back(call);
+      running_.remove(call);
+      finished_.push(call);
     }
     none_running_.wait(lock, [this] { return running_.empty(); });
-    for (AsyncCall* const call : finished_) delete call;
-    finished_.clear();
+    next = finished_.take_all();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      delete call;
+    }
   }
 
   Signal finished_signal_;
   std::mutex mutex_;
   std::condition_variable none_running_;
-  std::vector<AsyncCall*> running_, finished_;
+  Queue<AsyncCall, &AsyncCall::next> running_, finished_;
   size_t pending_ = 0;  // promises that are not settled; JavaScript thread only
   bool closing_ = false;
 };
@@ -249,80 +239,100 @@ void AsyncCall::run() {
 
 // ------------------------------------------------------------------------------------- functions
 
-/// Fills `values` with exactly `count` arguments.
-void take_arguments(const Napi::CallbackInfo& info, size_t count, napi_value* values) {
-  if (info.Length() != count) fail(info.Env(), "wrong number of arguments");
-  for (size_t i = 0; i < count; ++i) values[i] = info[i];
+/// The most arguments that any function takes.
+constexpr size_t kMostArguments = 1 + kCallArguments;
+
+/// A function of the addon as Node calls it. Napi::CallbackInfo would do, but it asks for memory
+/// where nothing catches its std::bad_alloc.
+template <size_t Count, napi_value (*Function)(Napi::Env env, const napi_value* values)>
+napi_value callback(napi_env env, napi_callback_info info) {
+  try {
+    napi_value values[kMostArguments];
+    size_t count = kMostArguments;
+    if (napi_get_cb_info(env, info, &count, values, nullptr, nullptr) != napi_ok ||
+        count != Count) {
+      fail(env, "wrong number of arguments");
+    }
+    return Function(env, values);
+  } catch (const Napi::Error& error) {
+    error.ThrowAsJavaScriptException();
+  } catch (const Status& status) {
+    make_error(env, status).ThrowAsJavaScriptException();
+  } catch (const std::bad_alloc&) {
+    make_error(env, {StatusCode::out_of_memory, "no memory for the call"})
+        .ThrowAsJavaScriptException();
+  }
+  return nullptr;
 }
 
 template <bool IsBackward>
-Napi::Value run_sync(const Napi::CallbackInfo& info) {
-  napi_value values[kCallArguments];
-  take_arguments(info, kCallArguments, values);
-  with_errors(info.Env(), [&] {
-    const Status status = flat_call(info.Env(), values, IsBackward).run(CancelToken());
-    if (!status.ok()) throw status;
-  });
-  return info.Env().Undefined();
+napi_value run_sync(Napi::Env env, const napi_value* values) {
+  const Status status = flat_call(env, values, IsBackward).run(CancelToken());
+  if (!status.ok()) throw status;
+  return nullptr;
 }
 
 template <bool IsBackward>
-Napi::Value run_async(const Napi::CallbackInfo& info) {
-  napi_value values[1 + kCallArguments];
-  take_arguments(info, 1 + kCallArguments, values);
-  Environment& environment = *info.Env().GetInstanceData<Environment>();
-  return with_errors(info.Env(), [&] {
-    const Array flag = array_of(info.Env(), values[0]);
-    const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
-        ArrayReader(&flag).tensor(ArrayKind::int32, true, 1));
-    auto call =
-        std::make_unique<AsyncCall>(environment, info.Env(), values + 1, IsBackward, cancel);
-    const Napi::Array arrays = Napi::Array::New(info.Env(), std::size(values));
-    for (uint32_t i = 0; i < std::size(values); ++i) arrays.Set(i, values[i]);
-    call->arrays = Napi::Persistent<Napi::Object>(arrays);
-    return environment.start(info.Env(), call.release());
-  });
+napi_value run_async(Napi::Env env, const napi_value* values) {
+  Environment& environment = *env.GetInstanceData<Environment>();
+  const Array flag = array_of(env, values[0]);
+  const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
+      ArrayReader(&flag).tensor(ArrayKind::int32, true, 1));
+  auto call = std::make_unique<AsyncCall>(environment, env, values + 1, IsBackward, cancel);
+  const uint32_t count = 1 + kCallArguments;
+  const Napi::Array arrays = Napi::Array::New(env, count);
+  for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+  call->arrays = Napi::Persistent<Napi::Object>(arrays);
+  return environment.start(env, call.release());
 }
 
-void dropout_mask(const Napi::CallbackInfo& info) {
-  napi_value values[2];
-  take_arguments(info, 2, values);
-  with_errors(info.Env(), [&] {
-    const Problem p = read_problem(array_of(info.Env(), values[0]));
-    const bool context = p.dropout_placement == Placement::context;
-    const Array mask = array_of(info.Env(), values[1]);
-    void* const keep =
-        ArrayReader(&mask).tensor(ArrayKind::uint8, false, p.batch, p.query_heads, p.query_length,
-                                  context ? p.value_dim : p.key_length);
-    fill_keep_mask(p, static_cast<uint8_t*>(keep));
-  });
+napi_value dropout_mask(Napi::Env env, const napi_value* values) {
+  const Problem p = read_problem(array_of(env, values[0]));
+  const bool context = p.dropout_placement == Placement::context;
+  const Array mask = array_of(env, values[1]);
+  void* const keep =
+      ArrayReader(&mask).tensor(ArrayKind::uint8, false, p.batch, p.query_heads, p.query_length,
+                                context ? p.value_dim : p.key_length);
+  fill_keep_mask(p, static_cast<uint8_t*>(keep));
+  return nullptr;
 }
 
-void set_num_threads(const Napi::CallbackInfo& info) {
-  ThreadPool::shared().set_threads(info[0].ToNumber().Int32Value());
+napi_value set_num_threads(Napi::Env env, const napi_value* values) {
+  ThreadPool::shared().set_threads(Napi::Value(env, values[0]).ToNumber().Int32Value());
+  return nullptr;
 }
 
-Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
-  return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
+napi_value get_num_threads(Napi::Env env, const napi_value*) {
+  return Napi::Number::New(env, ThreadPool::shared().threads());
+}
+
+/// The most bytes that a call may have from now on, in the whole process.
+napi_value set_most_bytes(Napi::Env env, const napi_value* values) {
+  const double bytes = Napi::Value(env, values[0]).ToNumber().DoubleValue();
+  if (!(bytes >= 0 && bytes <= 9007199254740991.0)) fail(env, "setMostBytes: out of range");
+  most_bytes().store(uint64_t(bytes), std::memory_order_relaxed);
+  return nullptr;
 }
 
 /// Takes note of the fresh SharedArrayBuffer of a Uint8Array. V8 does not count these by itself,
 /// and would collect them far too late.
-void adopt_memory(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
+napi_value adopt_memory(Napi::Env env, const napi_value* values) {
   size_t bytes = 0;
   void* data = nullptr;
   napi_typedarray_type type;
-  if (napi_get_typedarray_info(env, info[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
+  if (napi_get_typedarray_info(env, values[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
       type != napi_uint8_array) {
     fail(env, "adoptMemory: not a Uint8Array");
   }
   prefer_huge_pages(data, bytes);
   Napi::MemoryManagement::AdjustExternalMemory(env, int64_t(bytes));
+  return nullptr;
 }
 
-void release_memory(const Napi::CallbackInfo& info) {
-  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -info[0].ToNumber().Int64Value());
+napi_value release_memory(Napi::Env env, const napi_value* values) {
+  const int64_t bytes = Napi::Value(env, values[0]).ToNumber().Int64Value();
+  Napi::MemoryManagement::AdjustExternalMemory(env, -bytes);
+  return nullptr;
 }
 
 Napi::Array list_backends(Napi::Env env) {
@@ -346,20 +356,30 @@ std::string field_names() {
   return names;
 }
 
+template <size_t Count, napi_value (*Function)(Napi::Env, const napi_value*)>
+void add_function(Napi::Env env, Napi::Object exports, const char* name) {
+  napi_value function;
+  const napi_status status = napi_create_function(env, name, NAPI_AUTO_LENGTH,
+                                                  callback<Count, Function>, nullptr, &function);
+  if (status != napi_ok) throw Napi::Error::New(env);
+  exports.Set(name, function);
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Environment(env));
   exports.Set("version", SDPA_VERSION);
   exports.Set("problemFields", field_names());
   exports.Set("backends", list_backends(env));
-  exports.Set("forwardSync", Napi::Function::New<run_sync<false>>(env, "forwardSync"));
-  exports.Set("backwardSync", Napi::Function::New<run_sync<true>>(env, "backwardSync"));
-  exports.Set("forwardAsync", Napi::Function::New<run_async<false>>(env, "forwardAsync"));
-  exports.Set("backwardAsync", Napi::Function::New<run_async<true>>(env, "backwardAsync"));
-  exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
-  exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
-  exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
-  exports.Set("adoptMemory", Napi::Function::New<adopt_memory>(env, "adoptMemory"));
-  exports.Set("releaseMemory", Napi::Function::New<release_memory>(env, "releaseMemory"));
+  add_function<kCallArguments, run_sync<false>>(env, exports, "forwardSync");
+  add_function<kCallArguments, run_sync<true>>(env, exports, "backwardSync");
+  add_function<1 + kCallArguments, run_async<false>>(env, exports, "forwardAsync");
+  add_function<1 + kCallArguments, run_async<true>>(env, exports, "backwardAsync");
+  add_function<2, dropout_mask>(env, exports, "dropoutMask");
+  add_function<1, set_num_threads>(env, exports, "setNumThreads");
+  add_function<0, get_num_threads>(env, exports, "getNumThreads");
+  add_function<1, set_most_bytes>(env, exports, "setMostBytes");
+  add_function<1, adopt_memory>(env, exports, "adoptMemory");
+  add_function<1, release_memory>(env, exports, "releaseMemory");
   return exports;
 }
 
@@ -367,7 +387,11 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace sdpa
 
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
-  return sdpa::init(env, exports);
+  try {
+    return sdpa::init(env, exports);
+  } catch (const std::bad_alloc&) {
+    throw Napi::Error::New(env, "no memory to load the addon");
+  }
 }
 
 NODE_API_MODULE(node_sdpa, initialize)

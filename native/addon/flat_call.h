@@ -1,18 +1,20 @@
 // One call as it crosses from JavaScript, without Node-API: a flat header and typed arrays ->
-// Problem
-// + pointers -> Status.
+// Problem and pointers -> Status.
 //
 // lib/problem.ts has checked everything a user can get wrong. The same facts are checked once more
 // here, because memory safety must not depend on JavaScript; a failure is reported as internal.
 // Invariant: whatever the header and the arrays are, nothing outside the arrays is touched.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "backends.h"
+#include "core/budget.h"
 #include "cpu/sequences.h"
 
 namespace sdpa {
@@ -139,8 +141,12 @@ class ArrayReader {
     if (array.kind != kind || !is_product(array.length, a, b, c, d)) {
       refuse("a tensor does not have the kind or length that the header states");
     }
+    bytes_ += array.length * element_size(kind);
     return array.data;
   }
+
+  /// Of all tensors so far.
+  uint64_t bytes() const { return bytes_; }
 
  private:
   /// Whether length == a * b * c * d, by division: the product may overflow.
@@ -152,7 +158,12 @@ class ArrayReader {
     return length == d;
   }
 
+  static size_t element_size(ArrayKind kind) {
+    return kind == ArrayKind::uint8 ? 1 : kind == ArrayKind::uint16 ? 2 : 4;
+  }
+
   const Array* next_;
+  uint64_t bytes_ = 0;
 };
 
 inline ArrayKind array_kind(Type type) {
@@ -170,6 +181,12 @@ struct Extent {
   uint64_t batch, length;
 };
 
+/// The most bytes of results and working buffers that one call may have, in the whole process.
+inline std::atomic<uint64_t>& most_bytes() {
+  static std::atomic<uint64_t> bytes{UINT64_MAX};
+  return bytes;
+}
+
 /// How many arrays a call has, forward and backward.
 constexpr size_t kArrayCount = 17;
 
@@ -183,6 +200,7 @@ class FlatCall {
   ForwardOutputs outputs{};
   BackwardTensors tensors{};
   bool is_backward;
+  uint64_t result_bytes = 0;
   Sequences sequences;
   uint64_t block_count = 0;  // of a cache
   std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
@@ -201,16 +219,33 @@ class FlatCall {
       refuse("header: samples are of an ordinary forward call");
     }
     read_inputs(reader);
+    if (is_backward) read_forward_results(reader);
+    const uint64_t given = reader.bytes();
     if (is_backward) {
-      read_backward(reader);
+      read_gradients(reader);
     } else {
       read_forward(reader);
     }
+    result_bytes = reader.bytes() - given;
   }
 
   FlatCall(const FlatCall&) = delete;
 
+  /// Within the limit that is set for a call.
   Status run(const CancelToken& cancel) const {
+    const uint64_t most = most_bytes().load(std::memory_order_relaxed);
+    if (most == UINT64_MAX) return run_unlimited(cancel);
+    Budget budget(most - std::min<uint64_t>(most, result_bytes));
+    const BudgetScope scope(&budget);
+    Status status = run_unlimited(cancel);
+    if (status.code == StatusCode::out_of_memory && budget.refused()) {
+      status.message = "the call needs more working memory than SDPA_MAX_BYTES allows";
+    }
+    return status;
+  }
+
+ private:
+  Status run_unlimited(const CancelToken& cancel) const {
     if (sequences.any()) {
       return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
                          : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
@@ -219,7 +254,6 @@ class FlatCall {
                        : backend->forward(problem, inputs, outputs, cancel);
   }
 
- private:
   Extent queries() const {
     if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
     return {problem.batch, problem.query_length};
@@ -340,17 +374,24 @@ class FlatCall {
     }
   }
 
-  void read_backward(ArrayReader& reader) {
+  /// What a backward call reads besides the inputs.
+  void read_forward_results(ArrayReader& reader) {
     const Problem& p = problem;
-    const ArrayKind type = array_kind(p.type);
-    const Extent q = queries(), k = keys();
+    const Extent q = queries();
     const auto like_output = [&] {
-      return reader.tensor(type, false, q.batch, p.query_heads, q.length, p.value_dim);
+      return reader.tensor(array_kind(p.type), false, q.batch, p.query_heads, q.length,
+                           p.value_dim);
     };
     tensors.output = like_output();
     tensors.lse = static_cast<float*>(
         reader.tensor(ArrayKind::float32, false, q.batch, p.query_heads, q.length));
     tensors.grad_output = like_output();
+  }
+
+  void read_gradients(ArrayReader& reader) {
+    const Problem& p = problem;
+    const ArrayKind type = array_kind(p.type);
+    const Extent q = queries(), k = keys();
     tensors.grad_query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
     tensors.grad_key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
     tensors.grad_value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);

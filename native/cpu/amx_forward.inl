@@ -246,19 +246,29 @@ inline const float* whole_steps(const Rows& rows, int count, int full, float* co
   return copy;
 }
 
-/// A task packs one tile of keys of one head.
+/// Where PackWork pads the rows of a tile.
+inline size_t pack_floats(const Problem& p) {
+  return kKeyBlock * std::max(whole(p.head_dim), whole(p.value_dim));
+}
+
+/// A task packs one tile of keys of one head. The thread that comes first takes `spare`, of
+/// pack_floats(), so that the work is done however short memory is.
 template <int Terms>
 struct PackWork final : ParallelWork {
   Call call;
   PackedKeys packed;
+  std::atomic<float*> spare;
 
-  PackWork(const Call& call, const PackedKeys& packed) : call(call), packed(packed) {}
+  PackWork(const Call& call, const PackedKeys& packed, float* spare)
+      : call(call), packed(packed), spare(spare) {}
   void work(TaskCursor& cursor) override {
     const Problem& p = call.problem;
-    const size_t widest = std::max(whole(p.head_dim), whole(p.value_dim));
     Scratch scratch;
-    if (!scratch.reserve(kKeyBlock * widest, 1)) return;
-    float* const copy = scratch.take(kKeyBlock * widest);
+    float* copy = spare.exchange(nullptr, std::memory_order_relaxed);
+    if (!copy) {
+      if (!scratch.reserve(pack_floats(p), 1)) return;
+      copy = scratch.take(pack_floats(p));
+    }
     for (size_t task; cursor.next(task);) {
       const size_t head = packed.first_head + task / packed.tiles;
       const uint32_t b = uint32_t(head / p.kv_heads), kv_head = uint32_t(head % p.kv_heads);
@@ -350,6 +360,7 @@ struct AmxBuffers {
   uint8_t* weights[2];        // operand B
   float* scores[2];           // [kKeyBlock][kQueryBlock], in units of log2(e)
   float* rows;                // [kQueryBlock][whole head_dim]
+  float* pack_rows;           // pack_floats()
 
   bool allocate(const Call& call, int terms, const AmxResults& results) {
     const Problem& p = call.problem;
@@ -360,16 +371,15 @@ struct AmxBuffers {
     const size_t tile = size_t{kKeyBlock} * kQueryBlock,
                  sum_floats = RunningRows::floats(p, contexts);
     const size_t row_floats = whole(p.head_dim) * kQueryBlock;
-    if (!vector.allocate(call) || !scratch_.reserve(kBlocks * (query_floats + sum_floats) +
-                                                        2 * (weight_floats + tile) + row_floats,
-                                                    2 * kBlocks + 5)) {
-      return false;
-    }
+    const size_t floats = kBlocks * (query_floats + sum_floats) + 2 * (weight_floats + tile) +
+                          row_floats + pack_floats(p);
+    if (!vector.allocate(call) || !scratch_.reserve(floats, 2 * kBlocks + 6)) return false;
     for (auto& q : queries) q = reinterpret_cast<uint8_t*>(scratch_.take(query_floats));
     for (auto& s : sums) s = scratch_.take(sum_floats);
     for (auto& w : weights) w = reinterpret_cast<uint8_t*>(scratch_.take(weight_floats));
     for (auto& s : scores) s = scratch_.take(tile);
     rows = scratch_.take(row_floats);
+    pack_rows = scratch_.take(pack_floats(p));
     return !scratch_.overrun();
   }
 
@@ -394,6 +404,7 @@ struct AmxBuffers {
   Scratch scratch_, sample_scratch_;
 };
 
+/// As PackWork, with `spare`.
 template <int Terms>
 struct AmxForwardWork final : ParallelWork {
   Call call;
@@ -401,13 +412,16 @@ struct AmxForwardWork final : ParallelWork {
   float* sums;  // RunningRows of all blocks, between runs of tiles; null if there is but one run
   AmxResults results;
   uint32_t contexts;
+  std::atomic<AmxBuffers*> spare;
 
-  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums, const AmxResults& results)
+  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums, const AmxResults& results,
+                 AmxBuffers* spare)
       : call(call),
         packed(packed),
         sums(sums),
         results(results),
-        contexts(results.contexts(call)) {}
+        contexts(results.contexts(call)),
+        spare(spare) {}
   /// Rows of context that belong to a maximum.
   size_t context_rows() const {
     const Problem& p = call.problem;
@@ -964,11 +978,15 @@ void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
 
 template <int Terms>
 void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
-  AmxBuffers buffers;
-  if (!buffers.allocate(call, Terms, results)) return;
+  AmxBuffers own;
+  AmxBuffers* buffers = spare.exchange(nullptr, std::memory_order_relaxed);
+  if (!buffers) {
+    if (!own.allocate(call, Terms, results)) return;
+    buffers = &own;
+  }
   const FlushDenormals flush;
   configure_tiles();
-  run(cursor, buffers);
+  run(cursor, *buffers);
   _tile_release();
 }
 
@@ -1020,7 +1038,8 @@ struct AmxWave {
   Scratch scratch_;
 };
 
-/// Runs one wave; `threads` says who works on it.
+/// Runs one wave; `threads` says who works on it. It needs no memory: what has begun to write the
+/// output comes to its end.
 template <int Terms, typename Threads>
 Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results, size_t number,
                 AmxWave& wave, const Threads& threads) {
@@ -1029,10 +1048,10 @@ Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results
   packed.heads = std::min(plan.heads_a_wave, plan.heads - packed.first_head);
   for (packed.first_tile = 0; packed.first_tile < plan.tiles; packed.first_tile += plan.run_tiles) {
     packed.tiles = std::min(plan.run_tiles, plan.tiles - packed.first_tile);
-    PackWork<Terms> pack(call, packed);
+    PackWork<Terms> pack(call, packed, threads.buffers.pack_rows);
     Status status = threads.pack(packed.heads * packed.tiles, pack);
     if (!status.ok()) return status;
-    AmxForwardWork<Terms> work(call, packed, wave.sums, results);
+    AmxForwardWork<Terms> work(call, packed, wave.sums, results, &threads.buffers);
     status = threads.multiply(packed.heads * plan.blocks_a_head, work);
     if (!status.ok()) return status;
   }
@@ -1042,6 +1061,7 @@ Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results
 /// All threads together.
 struct Together {
   const CancelToken& cancel;
+  AmxBuffers& buffers;  // of the first to come
 
   Status pack(size_t count, ParallelWork& work) const {
     return ThreadPool::shared().run(count, true, cancel, work);
@@ -1057,9 +1077,7 @@ struct Alone {
   Status pack(size_t count, ParallelWork& work) const {
     TaskCursor cursor(count, cancel);
     work.work(cursor);
-    if (cursor.drained()) return {};
-    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
-    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+    return {};
   }
   template <typename Work>
   Status multiply(size_t count, const Work& work) const {
@@ -1076,7 +1094,6 @@ struct WaveWork final : ParallelWork {
   const AmxPlan& plan;
   AmxResults results;
   const CancelToken& cancel;
-  std::atomic<bool> failed{false};  // short of memory in the middle of a task
 
   WaveWork(const Call& call, const AmxPlan& plan, const AmxResults& results,
            const CancelToken& cancel)
@@ -1088,10 +1105,7 @@ struct WaveWork final : ParallelWork {
     const FlushDenormals flush;
     configure_tiles();
     const Alone alone{cancel, buffers};
-    for (size_t task; cursor.next(task);) {
-      const Status status = run_wave<Terms>(call, plan, results, task, wave, alone);
-      if (status.code == StatusCode::out_of_memory) failed.store(true, std::memory_order_relaxed);
-    }
+    for (size_t task; cursor.next(task);) run_wave<Terms>(call, plan, results, task, wave, alone);
     _tile_release();
   }
 };
@@ -1103,18 +1117,20 @@ Status amx_forward_terms(const Call& call, const AmxResults& results, const Canc
   const bool parallel = worth_sharing(results.samples ? results.samples->problem : p);
   const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
   const AmxPlan plan(p, Terms, threads, results.contexts(call));
-  const Status no_memory{StatusCode::out_of_memory, "no memory for packed keys and values"};
   // Whole rounds of waves keep all threads busy, or many of them nearly so.
   if (plan.waves() % threads == 0 || plan.waves() >= 4 * threads) {
     WaveWork<Terms> work(call, plan, results, cancel);
     const Status status = pool.run(plan.waves(), parallel, cancel, work);
     if (!status.ok()) return status;
     if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
-    return work.failed ? no_memory : status;
+    return status;
   }
   AmxWave wave(plan);
-  if (!wave.allocate(plan)) return no_memory;
-  const Together together{cancel};
+  AmxBuffers buffers;
+  if (!wave.allocate(plan) || !buffers.allocate(call, Terms, results)) {
+    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+  }
+  const Together together{cancel, buffers};
   for (size_t number = 0; number < plan.waves(); ++number) {
     const Status status = run_wave<Terms>(call, plan, results, number, wave, together);
     if (!status.ok()) return status;
