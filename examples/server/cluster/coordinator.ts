@@ -79,6 +79,7 @@ export class Cluster {
   readonly #comparing: NodeJS.Timeout;
   #isComparing = false;
   #isReady = false;
+  readonly #closing = new AbortController();
   #error: string | undefined;
 
   /**
@@ -91,7 +92,7 @@ export class Cluster {
     this.#samplesPerShard = samplesPerShard;
     this.#patienceMs = patienceMs;
     const name = queueOf(this.identity);
-    const connection = connectionTo(redis);
+    const connection = connectionTo(redis, this.#closing.signal);
     this.#queue = new Queue(name, { connection });
     // From the first event that Redis has, so that none is missed before the first read.
     this.#events = new QueueEvents(name, { connection, lastEventId: '0-0' });
@@ -198,9 +199,12 @@ export class Cluster {
   /** Ends what is still open, and the connections. */
   async close(): Promise<void> {
     clearInterval(this.#comparing);
+    this.#closing.abort();
     const error = new RequestError(503, 'STOPPING', 'the server is stopping');
     for (const { reject } of this.#open.values()) reject(error);
-    await Promise.all([this.#queue.close(), this.#events.close(), this.#thread.destroy()]);
+    // What was never connected rejects.
+    await Promise.allSettled([this.#queue.close(), this.#events.close()]);
+    await this.#thread.destroy();
   }
 
   /** The shards of a job, by their names. */

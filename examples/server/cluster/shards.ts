@@ -63,12 +63,13 @@ export const RESULT_MS = 5 * 60_000;
 /**
  * A connection that is made again and again, and commands that wait for it.
  * @param redis - redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], or rediss:// for TLS
+ * @param closing - when aborted, it is not made again
  * @throws UsageError for another address
  */
-export function connectionTo(redis: string): RedisOptions {
+export function connectionTo(redis: string, closing: AbortSignal): RedisOptions {
   if (!URL.canParse(redis) || !/^rediss?:$/.test(new URL(redis).protocol)) {
     throw new UsageError(`--redis: expected redis://HOST:PORT, got ${JSON.stringify(redis)}`);
   }
-  const retryStrategy = (times: number) => Math.min(100 * times, 2000);
+  const retryStrategy = (times: number) => (closing.aborted ? null : Math.min(100 * times, 1000));
   return { url: redis, maxRetriesPerRequest: null, retryStrategy };
 }

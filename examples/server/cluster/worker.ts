@@ -39,6 +39,7 @@ export function startWorker({ checkpoint, redis, lockMs, log }: WorkerOptions): 
   const { model } = loadModel(checkpoint);
   const identity = identityOf(model);
   const thread = startThread(sentModel(model));
+  const closing = new AbortController();
   const worker = new Worker<ShardTask, void>(
     queueOf(identity),
     async ({ id = '', data }) => {
@@ -47,7 +48,7 @@ export function startWorker({ checkpoint, redis, lockMs, log }: WorkerOptions): 
       await (await worker.client).set(resultKey(id), result, { PX: RESULT_MS });
     },
     {
-      connection: connectionTo(redis),
+      connection: connectionTo(redis, closing.signal),
       name: `${hostname()}:${process.pid}`,
       lockDuration: lockMs, // renewed at half of it
       stalledInterval: lockMs / 2,
@@ -68,6 +69,7 @@ export function startWorker({ checkpoint, redis, lockMs, log }: WorkerOptions): 
   );
   worker.on('failed', (task, { message }) => log(`${task?.id}: failed, ${message}`));
   const close = async () => {
+    closing.abort();
     await worker.close();
     await thread.destroy();
   };
