@@ -566,7 +566,7 @@ function noBackward(samples: number): Error {
 }
 
 function createMoments(call: Call, outputs: ForwardOutputs): AttentionMoments {
-  const { problem, backend } = call;
+  const { backend } = call;
   const tensor = (data: Float32Array | null, dims: readonly number[]) =>
     adoptTensor(FLOAT32, data as Float32Array, [...dims]);
   return {

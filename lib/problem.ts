@@ -305,7 +305,7 @@ export interface AttentionOptions {
    * [totalK, Hkv, D], value [totalK, Hkv, Dv], output [totalQ, Hq, Dv], lse [Hq, totalQ]. Positions
    * restart in each sequence, `'bottom-right'` is each one's own, and dropout takes the sequence's
    * number for its batch entry. A sequence has the very bits that it has alone. Not together with
-   * attnMask, keepMask, layout `'bhsd'`, or outputs other than lse. Default: none
+   * attnMask, keepMask, samples, layout `'bhsd'`, or outputs other than lse. Default: none
    */
   readonly cuSeqlens?: CuSeqlens;
   /** What computes. Default: `'auto'` */

@@ -1,6 +1,7 @@
 // What Prometheus is told: counted from channels of node:diagnostics_channel, to which anyone else
 // may listen too.
 import { channel, subscribe, unsubscribe } from 'node:diagnostics_channel';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { backendInfo, type CallMessage } from 'node-sdpa';
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client';
 import type { Step } from './engine';
@@ -24,6 +25,9 @@ export const steps = channel('node-sdpa-server:step');
 const SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100];
 /** Attention of a step takes less. */
 const CALL_SECONDS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1];
+
+/** How often the event loop is looked at. */
+const LOOP_MS = 1;
 
 /** How many texts wait and are written now. */
 export interface Load {
@@ -50,6 +54,14 @@ export function createMetrics(load: Load): { registry: Registry; close: () => vo
     });
   gauge('waiting', 'Texts that wait to be written', () => load.waiting);
   gauge('running', 'Texts that are being written', () => load.running);
+  const delay = monitorEventLoopDelay({ resolution: LOOP_MS });
+  delay.enable();
+  gauge('event_loop_delay_p99_seconds', 'Since it was asked for last', () => {
+    // The histogram is of whole intervals between two looks.
+    const milliseconds = delay.percentile(99) / 1e6 - LOOP_MS;
+    delay.reset();
+    return Math.max(0, milliseconds) / 1000;
+  });
 
   const answered = counter('answers_total', 'Answers by status', ['route', 'status']);
   const queued = histogram('queue_seconds', 'Wait until the work began', SECONDS, ['route']);
@@ -97,6 +109,7 @@ export function createMetrics(load: Load): { registry: Registry; close: () => vo
   return {
     registry,
     close: () => {
+      delay.disable();
       for (const [channel, listener] of listeners) unsubscribe(channel, listener);
     },
   };

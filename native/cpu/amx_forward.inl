@@ -105,8 +105,8 @@ struct WeightDropout {
     }
   }
 
-  /// The decisions for group `group` of the tile.
-  inline __attribute__((always_inline)) void draw(uint32_t group) {
+  /// The decisions for group `group` of the tile. Too long for the many places that call it.
+  __attribute__((noinline)) void draw(uint32_t group) {
     // Rounds 1 and 2, of which only word 2 and word 3 after round 2 depend on the query.
     const uint64_t product0 = uint64_t{kPhiloxMultiplier0} * (first_group + group);
     const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * head;
@@ -822,30 +822,30 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
 
 /// Makes the samples of a tile from its packed weights: while tiles multiply the values of one, the
 /// vector units drop weights for the next.
-template <int Steps, int Terms>
+template <int Terms>
 inline void add_samples(const AmxForwardWork<Terms>& w, TileSums& sums, const BlockTile& t,
                         AmxBuffers& f) {
   const Problem& p = w.call.problem;
   const uint32_t count = w.results.group.count;
   const uint32_t group = (p.key_offset + t.tile.first) / kDecisionsPerCall;
-  const uint32_t steps = uint32_t(2 * (Steps ? Steps : steps_of(p.value_dim)));
-  const uint32_t rate = (kPairsPerTile << 16) / (steps * kAdvancesAStep<Terms>)+1;
+  const uint32_t rate =
+      (kPairsPerTile << 16) / (uint32_t(2 * steps_of(p.value_dim)) * kAdvancesAStep<Terms>)+1;
   const size_t context_floats = whole(p.value_dim) * kQueryBlock;
   NoWork none;
   for (uint32_t s = 0; s <= count; ++s) {
     float* const context = t.block->sum.context + (s - 1) * context_floats;
     const uint8_t* const weights = f.weights[(s + 1) % 2];  // of the sample before
-    if (s == count) return multiply_values<Steps>(w, sums, t, weights, context, none);
+    if (s == count) return multiply_values<0>(w, sums, t, weights, context, none);
     f.dropouts[s].first_group = group;
     DropWork<Terms> drop{f.undropped, f.weights[s % 2], f.dropouts + s, rate};
-    if (s > 0) multiply_values<Steps>(w, sums, t, weights, context, drop);
+    if (s > 0) multiply_values<0>(w, sums, t, weights, context, drop);
     drop.finish();
   }
 }
 
 /// Runs over the tiles of all blocks for a group of samples of `weights` dropout. Scores, maxima
 /// and sums are made in the order of forward_blocks, so that they have its bits.
-template <int Steps, int Terms>
+template <int Terms>
 inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
   const Problem& p = w.call.problem;
   const SampleGroup group = w.results.group;
@@ -856,13 +856,13 @@ inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, Am
   BlockTile waiting, now = blocks.next_tile();  // `waiting` stays none: no values are owed
   const AmxBlock* drawn = nullptr;              // the block that the dropouts are set up for
   TileSums sums;
-  if (now.block) multiply_scores<Steps>(w, sums, now, f.scores[now.side], none);
+  if (now.block) multiply_scores<0>(w, sums, now, f.scores[now.side], none);
   sums.store();
   while (now.block) {
     const BlockTile next = blocks.next_tile();
     prepare_scores(w, f, sums, now, waiting);
     SoftmaxWork<Terms, false> softmax{f.scores[now.side], f.undropped, nullptr, nullptr, rate};
-    if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
+    if (next.block) multiply_scores<0>(w, sums, next, f.scores[next.side], softmax);
     sums.store();
     softmax.finish();
     const RunningRows& sum = now.block->sum;
@@ -881,33 +881,23 @@ inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, Am
       }
       drawn = now.block;
     }
-    add_samples<Steps>(w, sums, now, f);
+    add_samples(w, sums, now, f);
     sums.store();
     if (next.block != now.block) blocks.leave(*now.block);
     now = next;
   }
 }
 
-enum class Pass { plain, drops, samples };
-
-template <Pass pass, int Steps, int Terms>
-inline void run_pass(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
-  if constexpr (pass == Pass::samples) {
-    sample_blocks<Steps>(w, cursor, f);
-  } else {
-    forward_blocks<Steps, pass == Pass::drops>(w, cursor, f);
-  }
-}
-
-template <Pass pass, int Terms>
-inline void run_pass_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
+template <bool Drops, int Terms>
+inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
+                                    AmxBuffers& f) {
   if constexpr (Terms == 3) {  // the others are not worth their size
     const size_t steps = steps_of(w.call.problem.head_dim);
     const bool same = steps == steps_of(w.call.problem.value_dim);
-    if (same && steps == 2) return run_pass<pass, 2>(w, cursor, f);
-    if (same && steps == 4) return run_pass<pass, 4>(w, cursor, f);
+    if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
+    if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
   }
-  run_pass<pass, 0>(w, cursor, f);
+  forward_blocks<0, Drops>(w, cursor, f);
 }
 
 /// Flushes denormals to 0 while it lives, as AMX does: they would be slow, and are too small to
@@ -926,11 +916,11 @@ template <int Terms>
 void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
   const bool drops = draws_on_the_way(call);
   if (results.samples && drops) {
-    run_pass_by_steps<Pass::samples>(*this, cursor, buffers);
+    sample_blocks(*this, cursor, buffers);
   } else if (drops) {
-    run_pass_by_steps<Pass::drops>(*this, cursor, buffers);
+    forward_blocks_by_steps<true>(*this, cursor, buffers);
   } else {
-    run_pass_by_steps<Pass::plain>(*this, cursor, buffers);
+    forward_blocks_by_steps<false>(*this, cursor, buffers);
   }
 }
 

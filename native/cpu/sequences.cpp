@@ -156,7 +156,7 @@ Status run_entries(const Sequences& s, const Problem& p, const Inputs& inputs,
     entries.push_back(entry_of(s, p, inputs, b));
     size += multiply_adds(entries.back().problem);
   }
-  std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return multiply_adds(a.problem) > multiply_adds(b.problem);
   });
   SequenceWork<Run> work(entries, run);

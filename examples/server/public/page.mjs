@@ -43,6 +43,9 @@ const find = (id) => /** @type {T} */ (document.getElementById(id));
 const text = find('text');
 const details = find('details');
 
+/** The page is drawn once in so long, however fast characters come. */
+const FRAME_MS = 30;
+
 /** @type {Character[]} */ let characters = [];
 /** @type {Maps | null} */ let maps = null;
 let chosen = -1;
@@ -162,7 +165,7 @@ function clear() {
   find('map').hidden = true;
 }
 
-/** The lines of a response as they arrive. @param {Response} response */
+/** The lines of a response, as many at once as have arrived. @param {Response} response */
 async function* linesOf(response) {
   const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
   const decoder = new TextDecoder();
@@ -172,7 +175,8 @@ async function* linesOf(response) {
     if (done) return;
     const lines = (rest + decoder.decode(value, { stream: true })).split('\n');
     rest = /** @type {string} */ (lines.pop());
-    yield* lines.map((line) => JSON.parse(line));
+    yield lines.map((line) => JSON.parse(line));
+    await new Promise((resolve) => setTimeout(resolve, FRAME_MS));
   }
 }
 
@@ -188,19 +192,21 @@ write.addEventListener('submit', async (event) => {
   say(write, 'Writing …');
   let seed = '';
   let written = 0;
-  let ending = '';
+  let hasEnded = false;
   try {
     const response = await post('/generate', { prompt, ...valuesOf(write) }, own.signal);
-    for await (const line of linesOf(response)) {
-      if (line.type === 'start') seed = line.seed;
-      if (line.type === 'error') throw new Error(line.message);
-      if (line.type === 'end') ending = 'end';
-      if (line.type !== 'token') continue;
-      written++;
-      append(line.text, line);
+    for await (const lines of linesOf(response)) {
+      for (const { type, seed: given, message, text, ...known } of lines) {
+        if (type === 'start') seed = given;
+        if (type === 'error') throw new Error(message);
+        if (type === 'end') hasEnded = true;
+        if (type !== 'token') continue;
+        written++;
+        append(text, known);
+      }
       text.scrollTop = text.scrollHeight;
     }
-    if (ending === '') throw new Error('the connection was lost');
+    if (!hasEnded) throw new Error('the connection was lost');
     say(write, `${written} characters written, seed ${seed}.`);
   } catch (error) {
     const isOver = own.signal.aborted;
