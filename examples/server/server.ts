@@ -6,6 +6,7 @@ import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest }
 import { backendInfo } from 'node-sdpa';
 import { loadModel } from '../gpt/checkpoint';
 import { Answering } from './answering';
+import { Cluster } from './cluster/coordinator';
 import type { EngineSizes, Step } from './engine';
 import { RequestError } from './errors';
 import { createMetrics, steps } from './metrics';
@@ -23,12 +24,11 @@ import {
 import { AnalysisThread, EngineThread, sentModel } from './threads';
 import type { Uncertainty, UncertaintyJob } from './uncertainty';
 
-/** Computes the uncertainty of a text; `onBegin` tells when it no longer waits for others. */
-export type UncertaintyRunner = (
-  job: UncertaintyJob,
-  signal: AbortSignal,
-  onBegin: () => void,
-) => Promise<Uncertainty>;
+/** Who computes uncertainty: a thread of the server, or the workers of a cluster. */
+export interface Sampler {
+  /** @param onBegin - tells when the job no longer waits for others */
+  uncertainty(job: UncertaintyJob, signal: AbortSignal, onBegin: () => void): Promise<Uncertainty>;
+}
 
 export interface ServerOptions {
   /** A safetensors file of examples/gpt */
@@ -38,8 +38,8 @@ export interface ServerOptions {
   /** Blocks of the cache. Default: as many as the batch can need */
   readonly blocks?: number;
   readonly limits?: Partial<Limits>;
-  /** Default: a thread of the server */
-  readonly uncertainty?: UncertaintyRunner;
+  /** The Redis whose workers compute uncertainty (see cluster/). Default: a thread of the server */
+  readonly redis?: string;
   /** Of the log. Default: 'warn' */
   readonly logLevel?: string;
 }
@@ -61,6 +61,8 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   const most = batch * sizes.layers * Math.ceil(sizes.length / POSITIONS_IN_BLOCK);
   const engineSizes: EngineSizes = { batch, blocks: options.blocks ?? most };
 
+  const { redis } = options;
+  const cluster = redis === undefined ? undefined : new Cluster(model, { redis });
   const app = createApp(limits, options.logLevel ?? 'warn');
   let failure: Error | undefined;
   const onFailure = (error: Error) => {
@@ -75,6 +77,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   };
   const engine = new EngineThread(data, onStep, onFailure);
   const analysis = new AnalysisThread(data, onFailure);
+  const sampler: Sampler = cluster ?? analysis;
   const metrics = createMetrics(engine);
   const schemas = schemasOf(limits, sizes.length);
   let isStopping = false;
@@ -140,13 +143,11 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     }
   }
 
-  const runUncertainty: UncertaintyRunner =
-    options.uncertainty ?? ((...job) => analysis.uncertainty(...job));
   app.post('/uncertainty', { schema: schemas.uncertainty }, async (request, reply) => {
     const { text, seed: given, placement, p, samples } = request.body as UncertaintyBody;
     const seed = readSeed(given);
     const job = { tokens: readTokens(vocabulary, text), placement, p, seed, samples };
-    const result = await ask(request, reply, (...how) => runUncertainty(job, ...how));
+    const result = await ask(request, reply, (...how) => sampler.uncertainty(job, ...how));
     const character = (token: number) => vocabulary.decode([token]);
     const predictions = result.predictions.map(({ token, likeliest, ...numbers }) => ({
       character: token === null ? null : character(token),
@@ -169,9 +170,11 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
 
   app.get('/healthz', async (_request, reply) => {
     if (failure !== undefined) reply.code(503);
-    const status = failure === undefined ? 'ok' : 'failed';
+    const samplers = await cluster?.health();
+    const isDegraded = samplers !== undefined && !samplers.workers;
+    const status = failure !== undefined ? 'failed' : isDegraded ? 'degraded' : 'ok';
     const { waiting, running } = engine;
-    return { status, waiting, running, questions, backend: backendInfo() };
+    return { status, waiting, running, questions, backend: backendInfo(), cluster: samplers };
   });
 
   app.get('/metrics', async (_request, reply) => {
@@ -190,7 +193,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   app.addHook('onClose', async () => {
     clearInterval(closingIdle);
     metrics.close();
-    await Promise.all([engine.close(), analysis.close()]);
+    await Promise.all([engine.close(), analysis.close(), cluster?.close()]);
   });
   await app.ready();
   return app;

@@ -79,8 +79,9 @@ export class Redis {
     return `redis://:${encodeURIComponent(PASSWORD)}@${address}:${this.#port}`;
   }
 
-  /** On the port that it had before. */
+  /** On the port that it had before; does nothing where it runs. */
   async start(): Promise<void> {
+    if (this.#process !== undefined) return;
     this.#port ||= await freePort();
     const options = { port: `${this.#port}`, requirepass: PASSWORD, save: '', appendonly: 'no' };
     const args = Object.entries(options).flatMap(([name, value]) => [`--${name}`, value]);

@@ -61,6 +61,7 @@ const TASK_OPTIONS = {
 const COMPARE_MS = 5000;
 /** Redis is gone if it takes longer to say how it is. */
 const HEALTH_MS = 1000;
+const NOT_CONNECTED = 'not connected';
 
 export class Cluster {
   readonly identity: Identity;
@@ -80,7 +81,7 @@ export class Cluster {
   #isComparing = false;
   #isReady = false;
   readonly #closing = new AbortController();
-  #error: string | undefined;
+  #error = NOT_CONNECTED;
 
   /**
    * @param model - what workers must have too
@@ -125,6 +126,7 @@ export class Cluster {
       const client = await this.#queue.client;
       const ready = () => {
         this.#isReady = true;
+        this.#error = NOT_CONNECTED;
         this.#attempt(this.#compare());
       };
       client.on('ready', ready);
