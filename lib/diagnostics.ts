@@ -23,6 +23,7 @@ import type { Call } from './problem';
  * ```
  */
 export interface CallMessage {
+  /** Which of an operation's two */
   readonly pass: 'forward' | 'backward';
   /** What computed, such as `'cpu:avx2'` */
   readonly backend: string;

@@ -190,9 +190,9 @@ export type AttentionOutputName = 'lse' | 'scores' | 'weights' | 'droppedWeights
  * ```
  */
 export interface CuSeqlens {
-  /** [B + 1]: sequence b has the queries query[b] to query[b + 1] of the packed ones */
+  /** `[B + 1]`: sequence b has the queries query[b] to query[b + 1] of the packed ones */
   readonly query: Int32Array;
-  /** [B + 1]: the same for keys and values */
+  /** `[B + 1]`: the same for keys and values */
   readonly key: Int32Array;
 }
 

@@ -8,7 +8,7 @@ import { setImmediate } from 'node:timers/promises';
 import { KVCache, KVCachePool } from 'node-sdpa';
 import type { AttentionRequest } from '../gpt/attention';
 import type { Floats } from '../gpt/matmul';
-import type { Gpt } from '../gpt/model';
+import type { Gpt, ModelSizes } from '../gpt/model';
 import { type Random, randomStreams } from '../gpt/random';
 import { choose } from '../gpt/writer';
 import { entropyOf, softmax } from './uncertainty';
@@ -57,6 +57,14 @@ export interface EngineSizes {
   readonly blocks: number;
 }
 
+/** Positions in a block. */
+const BLOCK = 64;
+
+/** Blocks that a text takes up, in all layers. */
+export function blocksOf({ layers }: ModelSizes, length: number): number {
+  return layers * Math.ceil(length / BLOCK);
+}
+
 /** Tokens of prompts that one step reads: bounds how long the others wait for it. */
 const PIECE = 64;
 
@@ -102,12 +110,13 @@ export class Engine {
     readonly onStep: (step: Step) => void,
   ) {
     const { layers, heads, width, length } = model.sizes;
-    this.#pool = new KVCachePool({ blocks, kvHeads: heads, headDim: width / heads });
+    const least = blocksOf(model.sizes, length);
+    if (blocks < least) throw new RangeError(`blocks: expected at least ${least}, got ${blocks}`);
+    const shape = { kvHeads: heads, headDim: width / heads };
+    this.#pool = new KVCachePool({ blocks, blockLength: BLOCK, ...shape });
     this.#caches = Array.from({ length: layers }, () => new KVCache({ batch, pool: this.#pool }));
     this.#freeSlots = Array.from({ length: batch }, (_, slot) => slot);
     this.#unpromised = blocks;
-    const least = this.#blocksOf(length);
-    if (blocks < least) throw new RangeError(`blocks: expected at least ${least}, got ${blocks}`);
   }
 
   /** Takes a text; it begins when a slot and enough blocks are free, in the order of arrival. */
@@ -135,11 +144,6 @@ export class Engine {
     this.#isLooping = false;
   }
 
-  /** Blocks that a text takes up in all layers. */
-  #blocksOf(length: number): number {
-    return this.model.sizes.layers * Math.ceil(length / this.#pool.blockLength);
-  }
-
   /**
    * Lets waiting texts run. All blocks that one will need are kept for it from its beginning: it
    * writes exactly as many tokens as were asked for, so little lies idle, and nothing that runs is
@@ -150,9 +154,9 @@ export class Engine {
     for (;;) {
       const next = this.#waiting.at(0);
       if (next === undefined) return begun;
-      const { length } = this.model.sizes;
-      const text = next.tokens.slice(-length);
-      const blocks = this.#blocksOf(Math.min(length, text.length + next.count));
+      const { sizes } = this.model;
+      const text = next.tokens.slice(-sizes.length);
+      const blocks = blocksOf(sizes, Math.min(sizes.length, text.length + next.count));
       const slot = this.#freeSlots.at(-1);
       if (slot === undefined || blocks > this.#unpromised) return begun;
       this.#waiting.shift();
@@ -257,7 +261,10 @@ export class Engine {
       i += group.length;
       row += group.length * length;
     }
-    await Promise.all(calls);
+    // All of them: a call that still ran would hold its blocks.
+    for (const result of await Promise.allSettled(calls)) {
+      if (result.status === 'rejected') throw result.reason;
+    }
     return output;
   }
 

@@ -44,6 +44,7 @@ runCommand(async () => {
   const seconds = readCount('seconds', given.seconds, 1, 600);
   const requests = readCount('requests', given.requests, 20, 1e6);
   const rounds = readCount('rounds', given.rounds, 1, 20);
+  for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => process.exit(130));
   const folder = mkdtempSync(path.join(tmpdir(), 'node-sdpa-load-'));
   try {
     const checkpoint = createCheckpoint(path.join(folder, 'model.safetensors'));
@@ -104,6 +105,7 @@ class Served {
       ['--import', 'tsx', program, ...options, '--waiting', `${WAITING}`],
       { stdio: ['ignore', 'pipe', 'inherit'] },
     );
+    process.once('exit', () => child.kill('SIGKILL')); // where this program ends before its time
     const [line] = await once(child.stdout.setEncoding('utf8'), 'data');
     return new Served(`${line}`.match(/http:\S+/)![0], child);
   }
@@ -143,30 +145,38 @@ const format = (number: number, digits = 0) =>
 async function compareBatching(checkpoint: string, rounds: number, seconds: number) {
   const servers = [await Served.start(checkpoint, CLIENTS), await Served.start(checkpoint, 1)];
   const rates: number[][] = [[], []];
+  const costs: number[][] = [[], []]; // milliseconds of processor time for a token
   for (let round = -1; round < rounds; round++) {
     for (const [i, server] of servers.entries()) {
-      const before = (await server.metrics())('gpt_server_tokens_total');
+      const before = await server.metrics();
       const start = performance.now();
       await server.cannon(200, { connections: CLIENTS, duration: round < 0 ? 2 : seconds });
-      const after = (await server.metrics())('gpt_server_tokens_total');
-      const rate = (1000 * (after - before)) / (performance.now() - start);
-      if (round >= 0) rates[i].push(rate); // the first compiles the code
+      const time = performance.now() - start;
+      const after = await server.metrics();
+      const spent = (name: string) => after(name) - before(name);
+      const tokens = spent('gpt_server_tokens_total');
+      if (round < 0) continue; // the code was compiled meanwhile
+      rates[i].push((1000 * tokens) / time);
+      costs[i].push((1000 * spent('process_cpu_seconds_total')) / tokens);
     }
   }
   await Promise.all(servers.map((server) => server.stop()));
   const [batched, single] = rates.map(median);
-  const row = (name: string, all: number[]) =>
-    `| ${name} | ${format(median(all))} | ${format(Math.min(...all))} | ${format(Math.max(...all))} |`;
+  const row = (name: string, i: number) => {
+    const all = rates[i];
+    const numbers = [median(all), Math.min(...all), Math.max(...all)].map((rate) => format(rate));
+    return `| ${[name, ...numbers, format(median(costs[i]), 3)].join(' | ')} |`;
+  };
   return told(
     '',
     `## ${CLIENTS} clients, texts of 200 characters`,
     '',
     `Tokens/s, median of ${rounds} rounds of ${seconds} s in turns.`,
     '',
-    '| | tokens/s | least | most |',
-    '| --- | --- | --- | --- |',
-    row('continuous batching', rates[0]),
-    row('one at a time', rates[1]),
+    '| | tokens/s | least | most | processor ms a token, all threads |',
+    '| --- | --- | --- | --- | --- |',
+    row('continuous batching', 0),
+    row('one at a time', 1),
     '',
     `Batching gives ${format(batched / single, 2)} times as many.`,
   );
@@ -177,10 +187,12 @@ async function holdLoad(checkpoint: string, seconds: number): Promise<string[]> 
   const characters = 50;
   const server = await Served.start(checkpoint, BATCH);
   await server.cannon(characters, { connections: 2 * BATCH, duration: 2 });
+  const beside = askUntil(server);
   const busy = await server.cannon(characters, {
     connections: 2 * BATCH,
     duration: Math.min(10, seconds),
   });
+  await beside.stop();
   const capacity = busy['2xx'] / busy.duration;
   const rows: string[] = [];
   for (const share of [0.8, 3]) {
@@ -224,7 +236,7 @@ async function holdLoad(checkpoint: string, seconds: number): Promise<string[]> 
     '',
     `Capacity: ${format(capacity, 1)} texts/s with ${2 * BATCH} clients, measured before. Each load ` +
       `lasts ${seconds} s, from ${CROWD} connections at a fixed rate, on a batch of ${BATCH} and a ` +
-      `queue of ${WAITING}; one more client asks for uncertainty (32 samples) all the time. Lost: ` +
+      `queue of ${WAITING}. All the time one more client asks for uncertainty (32 samples). Lost: ` +
       'sent and never answered, cut off and timed out ones included.',
     '',
     '| load | requests | answers/s | 200 | 503 | other | lost | tokens/s | latency p50 / p99, ms | ' +

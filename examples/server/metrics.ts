@@ -69,6 +69,11 @@ export function createMetrics(load: Load): { registry: Registry; close: () => vo
   const stepped = histogram('step_seconds', 'Steps of the engine', SECONDS);
   const written = counter('tokens_total', 'Tokens that were written; its rate is tokens/s');
   const read = counter('rows_total', 'Tokens that the model read, prompts included');
+  const freeBlocks = new Gauge({
+    name: name('free_blocks'),
+    help: 'Of the cache, after the last step',
+    registers,
+  });
   const called = histogram('attention_seconds', 'Calls of attention', CALL_SECONDS, ['backend']);
   const backend = new Gauge({
     name: name('backend'),
@@ -95,6 +100,7 @@ export function createMetrics(load: Load): { registry: Registry; close: () => vo
         stepped.observe(step.milliseconds / 1000);
         written.inc(step.written.length);
         read.inc(step.rows);
+        freeBlocks.set(step.freeBlocks);
       },
     ],
     [

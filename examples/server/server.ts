@@ -1,14 +1,15 @@
 // The server: routes, and what holds its load: a bounded queue, limits, deadlines, a clean end.
 import path from 'node:path';
-import { Readable } from 'node:stream';
 import fastifyStatic from '@fastify/static';
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify';
 import { backendInfo } from 'node-sdpa';
 import { loadModel } from '../gpt/checkpoint';
+import { UsageError } from '../gpt/text';
 import { Answering } from './answering';
 import { Cluster } from './cluster/coordinator';
-import type { EngineSizes, Step } from './engine';
+import { blocksOf, type Step } from './engine';
 import { RequestError } from './errors';
+import { Lines } from './lines';
 import { createMetrics, steps } from './metrics';
 import {
   type AttentionBody,
@@ -46,20 +47,21 @@ export interface ServerOptions {
 
 /** Of a connection without a request. */
 const KEEP_ALIVE_MS = 5000;
-const POSITIONS_IN_BLOCK = 64;
 
 /**
  * A server that is ready to listen. Its `close()` refuses what comes, finishes what was accepted,
  * and ends the threads.
- * @throws UsageError, SafetensorsError where the checkpoint is none
+ * @throws UsageError, SafetensorsError where the checkpoint is none, or the blocks are too few
  */
 export async function createServer(options: ServerOptions): Promise<FastifyInstance> {
   const limits = { ...LIMITS, ...options.limits };
   const { model, vocabulary, step: trainedSteps, title } = loadModel(options.checkpoint);
   const { sizes } = model;
-  const { batch = 16 } = options;
-  const most = batch * sizes.layers * Math.ceil(sizes.length / POSITIONS_IN_BLOCK);
-  const engineSizes: EngineSizes = { batch, blocks: options.blocks ?? most };
+  const blocksOfText = blocksOf(sizes, sizes.length);
+  const { batch = 16, blocks = batch * blocksOfText } = options;
+  if (blocks < blocksOfText) {
+    throw new UsageError(`blocks: expected at least ${blocksOfText}, got ${blocks}`);
+  }
 
   const { redis } = options;
   const cluster = redis === undefined ? undefined : new Cluster(model, { redis });
@@ -69,7 +71,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     failure ??= error;
     app.log.fatal(error);
   };
-  const data = { model: sentModel(model), engine: engineSizes };
+  const data = { model: sentModel(model), engine: { batch, blocks } };
   const backlog = new Backlog();
   const onStep = (step: Step) => {
     backlog.stepped(step);
@@ -95,9 +97,9 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     if (failure !== undefined) throw new RequestError(503, 'FAILED', 'the server needs a restart');
     if (engine.size >= batch + limits.waiting) throw busy(reply, backlog.seconds);
 
-    const lines = new Readable({ read() {} });
-    const send = (line: object) => lines.push(`${JSON.stringify(line)}\n`);
-    send({ type: 'start', seed });
+    request.answering.signal.throwIfAborted(); // or its end would never be seen
+    const lines = new Lines();
+    lines.send({ type: 'start', seed });
     let left = characters;
     backlog.add(left);
     const cancel = engine.write(
@@ -107,16 +109,16 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
         written({ token, probability, entropy }) {
           left--;
           backlog.add(-1);
-          send({ type: 'token', text: vocabulary.decode([token]), probability, entropy });
+          lines.send({ type: 'token', text: vocabulary.decode([token]), probability, entropy });
         },
         ended(error) {
-          if (error === undefined) send({ type: 'end', characters });
+          if (error === undefined) lines.send({ type: 'end', characters });
           else {
             request.log.error(error);
             const { code, message } = toRequestError(error);
-            send({ type: 'error', code, message });
+            lines.send({ type: 'error', code, message });
           }
-          lines.push(null);
+          lines.end();
         },
       },
     );
@@ -124,7 +126,10 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
       cancel();
       backlog.add(-left);
     });
-    return reply.type('application/x-ndjson').header('cache-control', 'no-store').send(lines);
+    return reply
+      .type('application/x-ndjson')
+      .header('cache-control', 'no-store')
+      .send(lines.stream);
   });
 
   /** Asks about a text, if not too many do. */
@@ -135,6 +140,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   ): Promise<T> {
     if (failure !== undefined) throw new RequestError(503, 'FAILED', 'the server needs a restart');
     if (questions >= limits.questions) throw busy(reply, 1);
+    answering.signal.throwIfAborted();
     questions++;
     try {
       return await question(answering.signal, () => answering.begin());
@@ -213,11 +219,9 @@ function createApp(limits: Limits, level: string): FastifyInstance {
     return503OnClosing: false, // the hook above says so in our form
     // What a client has misspelled is an error, and what it has sent is not turned into another.
     ajv: { customOptions: { removeAdditional: false, coerceTypes: false } },
+    frameworkErrors: (error, _request, reply) => sendError(reply as FastifyReply, error),
     clientErrorHandler: (error, socket) => {
-      const isLate = error.code === 'ERR_HTTP_REQUEST_TIMEOUT';
-      const [status, code, message] = isLate
-        ? ['408 Request Timeout', 'TIMEOUT', 'the request did not arrive in time']
-        : ['400 Bad Request', 'MALFORMED_HTTP', 'this is not a request in HTTP'];
+      const [status, code, message] = HTTP_ERRORS[error.code] ?? HTTP_ERRORS.other;
       const body = JSON.stringify({ error: { code, message } });
       const head = `HTTP/1.1 ${status}\r\nconnection: close\r\ncontent-type: application/json`;
       if (!socket.writable) return void socket.destroy();
@@ -237,11 +241,23 @@ function createApp(limits: Limits, level: string): FastifyInstance {
     throw new RequestError(404, 'NOT_FOUND', `there is no ${request.method} ${request.url}`);
   });
   app.setErrorHandler((error: Error, request, reply) => {
-    const { status, code, message } = toRequestError(error);
+    const status = sendError(reply, error);
     if (status === 500 && !request.answering.signal.aborted) request.log.error(error);
-    reply.code(status).send({ error: { code, message } });
   });
   return app;
+}
+
+/** What is wrong with bytes that are no request, by Node's codes. */
+const HTTP_ERRORS: Record<string, [status: string, code: string, message: string]> = {
+  ERR_HTTP_REQUEST_TIMEOUT: ['408 Request Timeout', 'TIMEOUT', 'the request came too slowly'],
+  HPE_HEADER_OVERFLOW: ['431 Too Large', 'HEAD_TOO_LARGE', 'the head of the request is too large'],
+  other: ['400 Bad Request', 'MALFORMED_HTTP', 'this is not a request in HTTP'],
+};
+
+function sendError(reply: FastifyReply, error: Error): number {
+  const { status, code, message } = toRequestError(error);
+  reply.code(status).send({ error: { code, message } });
+  return status;
 }
 
 function busy(reply: FastifyReply, seconds: number): RequestError {

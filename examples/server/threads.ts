@@ -86,7 +86,7 @@ function republish(calls: readonly CallMessage[]): void {
   for (const call of calls) channel(CALLS).publish(call);
 }
 
-/** Starts the program of a thread; `onEnd` is told once, when it has ended of itself. */
+/** Starts the program of a thread; `onEnd` is told why it has ended of itself. */
 function start(program: string, data: ThreadData, onEnd: (error: Error) => void): Worker {
   // Node 20 does not take TypeScript for the file that a thread begins with, even with tsx.
   const file = JSON.stringify(path.join(__dirname, program));
@@ -95,8 +95,11 @@ function start(program: string, data: ThreadData, onEnd: (error: Error) => void)
     workerData: data,
     execArgv: [],
   });
-  worker.on('error', onEnd);
-  worker.on('exit', () => onEnd(new Error(`${program} has ended`)));
+  let cause = new Error(`${program} has ended`);
+  worker.on('error', (error) => {
+    cause = error;
+  });
+  worker.on('exit', () => onEnd(cause));
   return worker;
 }
 

@@ -16,6 +16,8 @@ import { writeTokens } from '../../examples/gpt/writer';
 import type { Step } from '../../examples/server/engine';
 import { decodeFloats } from '../../examples/server/floats';
 import type { Answer } from '../../examples/server/metrics';
+import { createServer } from '../../examples/server/server';
+import { EngineThread, sentModel } from '../../examples/server/threads';
 import { computeSamples, joinShards } from '../../examples/server/uncertainty';
 import { ROOT } from '../child';
 import { createCheckpoint, SIZES, serve } from './server-model';
@@ -350,6 +352,8 @@ describe('mistakes', () => {
     ],
     ['nothing at all', '', 408, 'TIMEOUT'],
     ['no HTTP', 'hello\r\n\r\n', 400, 'MALFORMED_HTTP'],
+    ['a head without measure', `GET /${'a'.repeat(20_000)}`, 431, 'HEAD_TOO_LARGE'],
+    ['no URL', 'GET /%zz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n', 400, 'BAD_REQUEST'],
   ])('%s', async (_name, bytes, status, code) => {
     const socket = connect(port, '127.0.0.1');
     socket.write(bytes);
@@ -383,6 +387,8 @@ describe('load', () => {
     expect(after - tokens).toBeLessThan(5000);
     await sleep(50);
     expect(await metric('tokens_total')).toBe(after);
+    await generate({ prompt: 'a', characters: 1 }); // a step, after which all blocks are free
+    expect(await metric('free_blocks')).toBe(16 * 2 * 2);
   });
 
   test('when the queue is full the rest is told when to come again, and nobody is lost', async () => {
@@ -435,6 +441,27 @@ describe('load', () => {
     await until(async () => (await (await fetch(`${small.url}/healthz`)).json()).running === 0);
     await small.app.close();
   });
+});
+
+test('a thread that ends fails what it was asked; blocks that are too few are refused before', async () => {
+  await expect(createServer({ checkpoint, blocks: 3 })).rejects.toThrow(
+    'blocks: expected at least 4, got 3',
+  );
+  const data = { model: sentModel(model), engine: { batch: 1, blocks: 1 } }; // too few
+  const writing = { tokens: [0], count: 1, temperature: 1, seed: '1' };
+  let failure: Error | undefined;
+  const engine = new EngineThread(
+    data,
+    () => {},
+    (error) => {
+      failure = error;
+    },
+  );
+  const end = await new Promise((ended) => {
+    engine.write(writing, { begun: () => {}, written: () => {}, ended });
+  });
+  expect(end).toMatchObject({ status: 500, code: 'INTERNAL' });
+  expect(failure?.message).toBe('blocks: expected at least 4, got 1');
 });
 
 test('told to stop, it finishes what it accepted, refuses the rest, and ends', async () => {

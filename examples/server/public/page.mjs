@@ -102,11 +102,10 @@ function append(piece, known) {
 /** From 0, sure, to 1, at a loss. @param {Character} character */
 function doubtOf({ entropy, asked }) {
   const most = Math.log(vocabulary);
-  if (asked === undefined) return (entropy ?? 0) / most;
+  if (measure.value === 'entropy') return (asked?.entropy ?? entropy ?? 0) / most;
   // Disagreement and spread are small numbers: full colour is at a tenth of what is possible.
-  if (measure.value === 'mutualInformation') return (10 * asked.mutualInformation) / most;
-  if (measure.value === 'spread') return 10 * (asked.spread ?? 0);
-  return asked.entropy / most;
+  if (measure.value === 'spread') return 10 * (asked?.spread ?? 0);
+  return (10 * (asked?.mutualInformation ?? 0)) / most;
 }
 
 /** @param {number} index */
@@ -245,8 +244,9 @@ onSubmit(ask, async () => {
   const shown = characters;
   const response = await post('/uncertainty', { text: part, ...valuesOf(ask) });
   const { predictions, samples, backends } = await response.json();
+  if (shown !== characters) return '';
   predictions.forEach((/** @type {Prediction} */ prediction, /** @type {number} */ i) => {
-    const character = shown[first + i + 1];
+    const character = characters[first + i + 1];
     if (character !== undefined) character.asked = prediction;
   });
   paintAll();
@@ -258,8 +258,10 @@ measure.addEventListener('change', paintAll);
 
 onSubmit(look, async () => {
   const { first, part } = lastPart();
+  const shown = characters;
   const response = await post('/attention', { text: part });
   const { weights, ...sizes } = await response.json();
+  if (shown !== characters) return ''; // another text was begun meanwhile
   const bytes = Uint8Array.from(atob(weights), (byte) => byte.charCodeAt(0));
   maps = { ...sizes, weights: new Float32Array(bytes.buffer), first };
   find('map').hidden = false;
@@ -297,7 +299,11 @@ function showWeights() {
     `sees. ${named(characters[chosen].text)} at ${chosen + 1} looks at ${places.join(', ')}.`;
 }
 
-/** Each row against its largest weight. @param {Float32Array} weights [length, length] @param {number} length @param {number} row */
+/**
+ * Draws each row against its largest weight.
+ * @param {Float32Array} weights [length, length] @param {number} length
+ * @param {number} row that is chosen
+ */
 function drawMap(weights, length, row) {
   canvas.width = length;
   canvas.height = length;
