@@ -19,7 +19,7 @@ import {
 } from '../../examples/server/uncertainty';
 import { ROOT, runNode } from '../child';
 import { PLACEMENTS } from '../reference';
-import { createHosts, hasRedis, Redis, until, WorkerProcess } from './cluster-machines';
+import { createHosts, type Host, hasRedis, Redis, until, WorkerProcess } from './cluster-machines';
 import { createCheckpoint, serve } from './server-model';
 
 const isThere = hasRedis();
@@ -28,6 +28,7 @@ if (!isThere) console.log('skipped: cluster, for want of redis-server');
 
 const { file: checkpoint, remove: removeCheckpoint } = createCheckpoint();
 const { model, vocabulary } = loadModel(checkpoint);
+if (!isThere) removeCheckpoint();
 const TEXT = 'Call me Ishmael. Some years ago, never mind how long precisely, having little';
 const JOB: UncertaintyJob = {
   tokens: [...vocabulary.encode(TEXT)],
@@ -46,9 +47,10 @@ async function compute(job: UncertaintyJob): Promise<Uncertainty> {
 }
 
 describe.skipIf(!isThere)('a cluster', () => {
-  const { hosts, isApart, remove: removeHosts } = createHosts();
-  if (!isApart) console.log('the hosts of the cluster are processes: no network namespaces here');
-  const redis = new Redis(hosts);
+  let hosts: Host[];
+  let isApart: boolean;
+  let removeHosts: () => void;
+  let redis: Redis;
   const started: WorkerProcess[] = [];
   const clusters: Cluster[] = [];
 
@@ -74,6 +76,9 @@ describe.skipIf(!isThere)('a cluster', () => {
   let workers: WorkerProcess[];
   let queue: Queue<ShardTask>;
   beforeAll(async () => {
+    ({ hosts, isApart, remove: removeHosts } = createHosts());
+    if (!isApart) console.log('the hosts of the cluster are processes: no network namespaces');
+    redis = new Redis(hosts);
     await redis.start();
     workers = hosts.map((host) => startWorker(host));
     const { signal } = new AbortController();

@@ -31,15 +31,16 @@ export interface StartedWorker {
   close(): Promise<void>;
 }
 
-/** A shard that has cost so many workers their lives is the cause, and fails. */
+/** A shard that has cost more workers their lives than this is the cause, and fails. */
 const MOST_STALLED = 3;
 
 /** @throws UsageError, SafetensorsError where the checkpoint is none or the address is wrong */
 export function startWorker({ checkpoint, redis, lockMs, log }: WorkerOptions): StartedWorker {
   const { model } = loadModel(checkpoint);
   const identity = identityOf(model);
-  const thread = startThread(sentModel(model));
   const closing = new AbortController();
+  const connection = connectionTo(redis, closing.signal);
+  const thread = startThread(sentModel(model));
   const worker = new Worker<ShardTask, void>(
     queueOf(identity),
     async ({ id = '', data }) => {
@@ -48,7 +49,7 @@ export function startWorker({ checkpoint, redis, lockMs, log }: WorkerOptions): 
       await (await worker.client).set(resultKey(id), result, { PX: RESULT_MS });
     },
     {
-      connection: connectionTo(redis, closing.signal),
+      connection,
       name: `${hostname()}:${process.pid}`,
       lockDuration: lockMs, // renewed at half of it
       stalledInterval: lockMs / 2,
