@@ -45,7 +45,18 @@ import {
 } from './tensor';
 
 /** The types that keys and values may be stored in. */
-/** What keys and values are stored as. */
+/**
+ * What keys and values are stored as; queries and outputs have types of their own.
+ *
+ * @example
+ * ```js
+ * import { KVCache } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const cache = new KVCache({ kvHeads: 2, headDim: 16, maxLength: 64, type: 'bfloat16' });
+ * assert.strictEqual(cache.type, 'bfloat16');
+ * cache.dispose();
+ * ```
+ */
 export type CacheType = 'float32' | 'float16' | 'bfloat16';
 
 const CACHE_TYPES: readonly CacheType[] = ['float32', 'float16', 'bfloat16'];

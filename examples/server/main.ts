@@ -7,6 +7,8 @@
 //     --batch COUNT    texts that are written at once (16)
 //     --blocks COUNT   of the cache, 64 positions of one layer each (default: what the batch needs)
 //     --waiting COUNT  texts that wait while the batch is full (64)
+//     --redis ADDRESS  of the cluster that computes uncertainty (the variable REDIS_URL; without
+//                      either this machine does; see cluster/README.md)
 //     --log LEVEL      trace, debug, info, warn, error or silent (warn)
 import { existsSync } from 'node:fs';
 import path from 'node:path';
@@ -24,6 +26,7 @@ runCommand(async () => {
       batch: { type: 'string', default: '16' },
       blocks: { type: 'string' },
       waiting: { type: 'string', default: '64' },
+      redis: { type: 'string', default: process.env.REDIS_URL },
       log: { type: 'string', default: 'warn' },
     },
   });
@@ -36,6 +39,7 @@ runCommand(async () => {
     batch: readCount('batch', given.batch, 1, 1024),
     blocks: given.blocks === undefined ? undefined : readCount('blocks', given.blocks, 1),
     limits: { waiting: readCount('waiting', given.waiting, 0) },
+    redis: given.redis,
     logLevel: given.log,
   });
   const port = readCount('port', given.port, 0, 65_535);

@@ -6,6 +6,7 @@ import { backendInfo } from 'node-sdpa';
 import { loadModel } from '../gpt/checkpoint';
 import { UsageError } from '../gpt/text';
 import { Answering } from './answering';
+import { Cluster } from './cluster/coordinator';
 import { blocksOf, type Step } from './engine';
 import { RequestError } from './errors';
 import { Lines } from './lines';
@@ -24,12 +25,11 @@ import {
 import { AnalysisThread, EngineThread, sentModel } from './threads';
 import type { Uncertainty, UncertaintyJob } from './uncertainty';
 
-/** Computes the uncertainty of a text; `onBegin` tells when it no longer waits for others. */
-export type UncertaintyRunner = (
-  job: UncertaintyJob,
-  signal: AbortSignal,
-  onBegin: () => void,
-) => Promise<Uncertainty>;
+/** Who computes uncertainty: a thread of the server, or the workers of a cluster. */
+export interface Sampler {
+  /** @param onBegin - tells when the job no longer waits for others */
+  uncertainty(job: UncertaintyJob, signal: AbortSignal, onBegin: () => void): Promise<Uncertainty>;
+}
 
 export interface ServerOptions {
   /** A safetensors file of examples/gpt */
@@ -39,8 +39,8 @@ export interface ServerOptions {
   /** Blocks of the cache. Default: as many as the batch can need */
   readonly blocks?: number;
   readonly limits?: Partial<Limits>;
-  /** Default: a thread of the server */
-  readonly uncertainty?: UncertaintyRunner;
+  /** The Redis whose workers compute uncertainty (see cluster/). Default: a thread of the server */
+  readonly redis?: string;
   /** Of the log. Default: 'warn' */
   readonly logLevel?: string;
 }
@@ -63,6 +63,8 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     throw new UsageError(`blocks: expected at least ${blocksOfText}, got ${blocks}`);
   }
 
+  const { redis } = options;
+  const cluster = redis === undefined ? undefined : new Cluster(model, { redis });
   const app = createApp(limits, options.logLevel ?? 'warn');
   let failure: Error | undefined;
   const onFailure = (error: Error) => {
@@ -77,6 +79,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   };
   const engine = new EngineThread(data, onStep, onFailure);
   const analysis = new AnalysisThread(data, onFailure);
+  const sampler: Sampler = cluster ?? analysis;
   const metrics = createMetrics(engine);
   const schemas = schemasOf(limits, sizes.length);
   let isStopping = false;
@@ -146,13 +149,11 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
     }
   }
 
-  const runUncertainty: UncertaintyRunner =
-    options.uncertainty ?? ((...job) => analysis.uncertainty(...job));
   app.post('/uncertainty', { schema: schemas.uncertainty }, async (request, reply) => {
     const { text, seed: given, placement, p, samples } = request.body as UncertaintyBody;
     const seed = readSeed(given);
     const job = { tokens: readTokens(vocabulary, text), placement, p, seed, samples };
-    const result = await ask(request, reply, (...how) => runUncertainty(job, ...how));
+    const result = await ask(request, reply, (...how) => sampler.uncertainty(job, ...how));
     const character = (token: number) => vocabulary.decode([token]);
     const predictions = result.predictions.map(({ token, likeliest, ...numbers }) => ({
       character: token === null ? null : character(token),
@@ -175,9 +176,11 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
 
   app.get('/healthz', async (_request, reply) => {
     if (failure !== undefined) reply.code(503);
-    const status = failure === undefined ? 'ok' : 'failed';
+    const samplers = await cluster?.health();
+    const isDegraded = samplers !== undefined && !samplers.workers;
+    const status = failure !== undefined ? 'failed' : isDegraded ? 'degraded' : 'ok';
     const { waiting, running } = engine;
-    return { status, waiting, running, questions, backend: backendInfo() };
+    return { status, waiting, running, questions, backend: backendInfo(), cluster: samplers };
   });
 
   app.get('/metrics', async (_request, reply) => {
@@ -196,7 +199,7 @@ export async function createServer(options: ServerOptions): Promise<FastifyInsta
   app.addHook('onClose', async () => {
     clearInterval(closingIdle);
     metrics.close();
-    await Promise.all([engine.close(), analysis.close()]);
+    await Promise.all([engine.close(), analysis.close(), cluster?.close()]);
   });
   await app.ready();
   return app;
