@@ -50,11 +50,11 @@ import {
  *
  * @example
  * ```js
- * import { KVCache } from 'node-sdpa';
+ * import { KVCachePool } from 'node-sdpa';
  * import assert from 'node:assert';
- * const cache = new KVCache({ kvHeads: 2, headDim: 16, maxLength: 64, type: 'bfloat16' });
- * assert.strictEqual(cache.type, 'bfloat16');
- * cache.dispose();
+ * const pool = new KVCachePool({ blocks: 4, kvHeads: 2, headDim: 16, type: 'bfloat16' });
+ * assert.strictEqual(pool.type, 'bfloat16');
+ * pool.dispose();
  * ```
  */
 export type CacheType = 'float32' | 'float16' | 'bfloat16';

@@ -215,6 +215,28 @@ describe.each(BACKENDS)('%s, scores of a size whose rounding is large', (backend
   });
 });
 
+describe.each(BACKENDS)('%s, the least float as a bias', (backend) => {
+  // As masks for padding have it: it hides a key beside others, and where it is all that a row has,
+  // the row is the average of its values.
+  test('hides keys, or counts them all alike', () => {
+    const shape = [1, 2, 2, 70, 80, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 96, shape, options: {} });
+    const least = -(2 ** 128 - 2 ** 104);
+    const biases = Array.from({ length: 70 * 80 }, (_, i) => {
+      const [row, key] = [Math.floor(i / 80), i % 80];
+      return row % 7 === 3 || key >= 50 ? least : 0;
+    });
+    const call = representable({ ...base, options: { attnMask: { data: biases, dims: [70, 80] } } });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    for (let d = 0; d < 16; d++) {
+      const values = Array.from({ length: 80 }, (_, key) => call.value.data[16 * key + d]);
+      const average = values.reduce((sum, x) => sum + x) / 80;
+      expect(outcome.output[3 * 16 + d]).toBeCloseTo(average, 6);
+    }
+  });
+});
+
 describe.each(BACKENDS)('%s, float16 numbers below its normal range', (backend) => {
   // Rows of whole vectors, and rows with a rest; enough queries for AMX, which flushes what is
   // below float32's range.

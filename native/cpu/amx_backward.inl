@@ -167,7 +167,9 @@ inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBl
   for (int i = 0; i < kQueryBlock; ++i) {
     // Rows without a key have no lse; their scores are all excluded.
     const bool alive = uint32_t(i) < q.count && v.lse[i] != -kInfinity;
-    k.f.lse[block][i] = alive ? v.lse[i] : 0;
+    // A row of scores beyond what units of log2(e) hold is for the vector kernel.
+    const bool beyond = std::fabs(v.lse[i]) > 0x1p126f;
+    k.f.lse[block][i] = !alive ? 0 : beyond ? std::numeric_limits<float>::quiet_NaN() : v.lse[i];
     k.f.delta[block][i] = uint32_t(i) < q.count ? v.delta[i] : 0;
   }
   std::memset(k.f.grad_query[block], 0, whole(p.head_dim) * kQueryBlock * sizeof(float));

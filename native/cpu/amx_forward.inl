@@ -486,6 +486,7 @@ inline void apply_rules(const Call& call, const QueryBlock& q, KeyTile tile,
                         const ScoreBuffers& buffers, float* keep, float* scores, float* tangent) {
   const Problem& p = call.problem;
   const Floats excluded = broadcast(-kInfinity);
+  const Floats lowest = broadcast(std::numeric_limits<float>::lowest());
   if (p.softcap > 0) {
     const Floats inward = broadcast(kLn2 / p.softcap), outward = broadcast(p.softcap * kLog2E);
     for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
@@ -497,9 +498,11 @@ inline void apply_rules(const Call& call, const QueryBlock& q, KeyTile tile,
   if (p.mask_type != MaskType::none) {
     bias_tile(call, q, tile, buffers.mask_rows, buffers.bias);
     for (int i = 0; i < tile.count * kQueryBlock; i += kLanes) {
-      const Floats bias = load(buffers.bias + i);
-      const Floats sum = multiply_add(bias, broadcast(kLog2E), load(scores + i));
-      store(scores + i, select(equal(bias, excluded), excluded, sum));
+      const Floats bias = load(buffers.bias + i), score = load(scores + i);
+      const Floats sum = multiply_add(bias, broadcast(kLog2E), score);
+      // The least float, which masks for padding may hold, is beyond it in units of log2(e).
+      const Floats finite = select(less(sum, lowest), lowest, sum);
+      store(scores + i, select(equal(bias, excluded) | equal(score, excluded), excluded, finite));
     }
   }
   exclude_unseen(q, tile, scores);
@@ -676,8 +679,14 @@ inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* c
   }
 }
 
+/// Rows whose maximum, or lse, is so large that in units of log2(e) it may have overflown.
+inline Mask beyond_units(Floats size) {
+  const Floats most = broadcast(0x1p126f), zero = broadcast(0.0f);
+  return less(most, size) | less(most, sub(zero, size));
+}
+
 /// Takes over one of the `contexts` of a block that has seen all its keys, and normalises it. True
-/// if a NaN came out.
+/// if a NaN came out, or units of log2(e) were too small: the vector kernels have others.
 inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, uint32_t contexts,
                          ForwardBuffers& v) {
   std::memcpy(v.row_sum, k.sum.sums, kQueryBlock * sizeof(float));
@@ -690,7 +699,9 @@ inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, u
       store(v.context + i, add(load(before + i), load(v.context + i)));
     }
   }
-  return normalise_context(call, k.q, v);
+  const bool holds_nan = normalise_context(call, k.q, v);
+  return holds_nan ||
+         any(beyond_units(load(k.sum.minus_max)) | beyond_units(load(k.sum.minus_max + kLanes)));
 }
 
 /// Takes the results of a block into samples.
