@@ -226,7 +226,10 @@ describe.each(BACKENDS)('%s, the least float as a bias', (backend) => {
       const [row, key] = [Math.floor(i / 80), i % 80];
       return row % 7 === 3 || key >= 50 ? least : 0;
     });
-    const call = representable({ ...base, options: { attnMask: { data: biases, dims: [70, 80] } } });
+    const call = representable({
+      ...base,
+      options: { attnMask: { data: biases, dims: [70, 80] } },
+    });
     const outcome = run(runner(backend), call);
     expectOutcome(call, outcome);
     for (let d = 0; d < 16; d++) {
