@@ -158,9 +158,9 @@ using Doubles = std::vector<double>;
 
 constexpr size_t kWidth = 64;  // head dim and value dim
 
-/// Tensors of one head, [length][kWidth] each, in float64.
+/// Tensors of one head in float64: [queries][kWidth], or [length][kWidth] for keys and values.
 struct Head {
-  size_t length;
+  size_t queries, length;
   Doubles query, key, value, grad_output;
   Doubles output, grad_query, grad_key, grad_value;  // what attention gives
 };
@@ -182,11 +182,10 @@ void attend(Head& h) {
   const size_t length = h.length;
   const double scale = 1 / std::sqrt(double(kWidth));
   const Doubles keys = transposed(h.key, length), values = transposed(h.value, length);
-  for (Doubles* result : {&h.output, &h.grad_query, &h.grad_key, &h.grad_value}) {
-    result->assign(length * kWidth, 0);
-  }
+  for (Doubles* result : {&h.output, &h.grad_query}) result->assign(h.queries * kWidth, 0);
+  for (Doubles* result : {&h.grad_key, &h.grad_value}) result->assign(length * kWidth, 0);
   Doubles weights(length), grads(length);
-  for (size_t i = 0; i < length; ++i) {
+  for (size_t i = 0; i < h.queries; ++i) {
     const double* const query = &h.query[i * kWidth];
     const double* const upstream = &h.grad_output[i * kWidth];
     std::fill(weights.begin(), weights.end(), 0);
@@ -270,10 +269,11 @@ std::vector<Subject> subjects() {
   return all;
 }
 
-Problem problem_of(size_t length, Type type, Precision precision) {
+Problem problem_of(const Head& head, Type type, Precision precision) {
   Problem p{};
   p.batch = p.query_heads = p.kv_heads = 1;
-  p.query_length = p.key_length = uint32_t(length);
+  p.query_length = uint32_t(head.queries);
+  p.key_length = uint32_t(head.length);
   p.head_dim = p.value_dim = uint32_t(kWidth);
   p.type = p.key_type = type;
   p.mask_batch = p.mask_heads = p.mask_queries = p.mask_keys = 1;
@@ -284,20 +284,20 @@ Problem problem_of(size_t length, Type type, Precision precision) {
 }
 
 /// One random head through the reference and every subject.
-void measure_head(size_t length, Type type, double spread, std::mt19937_64& generator,
-                  std::vector<Subject>& all) {
-  Head head{length, {}, {}, {}, {}, {}, {}, {}, {}};
-  Stored query = random_tensor(type, length, spread, generator, head.query);
+void measure_head(size_t queries, size_t length, Type type, double spread,
+                  std::mt19937_64& generator, std::vector<Subject>& all) {
+  Head head{queries, length, {}, {}, {}, {}, {}, {}, {}, {}};
+  Stored query = random_tensor(type, queries, spread, generator, head.query);
   Stored key = random_tensor(type, length, 1, generator, head.key);
   Stored value = random_tensor(type, length, 1, generator, head.value);
-  Stored grad_output = random_tensor(type, length, 1, generator, head.grad_output);
+  Stored grad_output = random_tensor(type, queries, 1, generator, head.grad_output);
   attend(head);
-  const size_t count = length * kWidth;
+  const size_t by_query = queries * kWidth, by_key = length * kWidth;
   for (Subject& subject : all) {
-    Stored output(type, count), grad_query(type, count), grad_key(type, count),
-        grad_value(type, count);
-    std::vector<float> lse(length);
-    const Problem p = problem_of(length, type, subject.precision);
+    Stored output(type, by_query), grad_query(type, by_query);
+    Stored grad_key(type, by_key), grad_value(type, by_key);
+    std::vector<float> lse(queries);
+    const Problem p = problem_of(head, type, subject.precision);
     const Inputs inputs{query.data(), key.data(), value.data(), nullptr,
                         nullptr,      nullptr,    nullptr,      nullptr};
     const CancelToken cancel;
@@ -325,22 +325,26 @@ void measure_head(size_t length, Type type, double spread, std::mt19937_64& gene
 const char* const kTypeNames[] = {"float32", "float16", "bfloat16"};
 const char* const kPrecisionNames[] = {"highest", "high", "medium"};
 
-/// Lengths, with the share of all rows that each gets: long rows take longer.
+/// Lengths of keys, with the share of all rows that each gets: long rows take longer, and the
+/// longest ones come without as many queries.
 constexpr struct {
-  size_t length;
+  size_t length, queries;
   double share;
-} kLengths[] = {{16, 0.2}, {128, 0.4}, {512, 0.2}, {1024, 0.1}, {2048, 0.06}, {4096, 0.04}};
+} kLengths[] = {{16, 16, 0.2},      {128, 128, 0.4},    {512, 512, 0.2},     {1024, 1024, 0.1},
+                {2048, 2048, 0.06}, {4096, 4096, 0.04}, {16384, 256, 0.002}, {65536, 256, 0.001}};
 
 void measure_attention(double rows) {
   std::mt19937_64 generator(20240229);
   for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
     for (const double spread : {1.0, 4.0}) {
-      for (const auto& [length, share] : kLengths) {
+      for (const auto& [length, queries, share] : kLengths) {
         // Half of the rows for float32, a quarter for each 16-bit type; half for each spread.
         const double wanted = rows * share * (type == Type::float32 ? 0.25 : 0.125);
-        const size_t heads = size_t(std::ceil(wanted / double(length)));
+        const size_t heads = size_t(std::ceil(wanted / double(queries)));
         std::vector<Subject> all = subjects();
-        for (size_t i = 0; i < heads; ++i) measure_head(length, type, spread, generator, all);
+        for (size_t i = 0; i < heads; ++i) {
+          measure_head(queries, length, type, spread, generator, all);
+        }
         for (const Subject& s : all) {
           const Errors* const e = s.errors;
           std::printf(
@@ -348,7 +352,7 @@ void measure_attention(double rows) {
               "\"backend\": \"%s\", \"precision\": \"%s\", "
               "\"output\": {\"relative\": %.4e, \"most\": %.4e}, "
               "\"gradients\": {\"relative\": %.4e, \"most\": %.4e}}\n",
-              kTypeNames[int(type)], spread, length, heads * length, s.backend->name,
+              kTypeNames[int(type)], spread, length, heads * queries, s.backend->name,
               kPrecisionNames[int(s.precision)], e[0].relative(), e[0].most(),
               std::max({e[1].relative(), e[2].relative(), e[3].relative()}),
               std::max({e[1].most(), e[2].most(), e[3].most()}));
@@ -369,7 +373,7 @@ void print_array(const char* name, const Doubles& values, const char* end) {
 
 void print_reference() {
   std::mt19937_64 generator(7);
-  Head h{40, {}, {}, {}, {}, {}, {}, {}, {}};
+  Head h{40, 40, {}, {}, {}, {}, {}, {}, {}, {}};
   for (Doubles* exact : {&h.query, &h.key, &h.value, &h.grad_output}) {
     random_tensor(Type::float32, h.length, 2, generator, *exact);
   }

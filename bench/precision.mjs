@@ -109,7 +109,7 @@ function describe() {
       `${lengths().join(', ')}: unit normals, and the same with queries, so scores, 4 times as ` +
       'large. Relative L2 is the length of the error over that of the exact tensor; the largest ' +
       "error of an element is in units of the exact tensor's root mean square. Gradients: the " +
-      'worst of the three. The worst length of each. The 16-bit types are exact inputs here; ' +
+      'worst of the three. The longest two have 256 queries a head. The worst length of each. The 16-bit types are exact inputs here; ' +
       'rounding their results to the type is part of the error.',
     ...types.flatMap((type) => [`### ${type}`, worstTable(type)]),
     '## Attention by length',

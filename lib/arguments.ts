@@ -1,6 +1,6 @@
 // Checks that any function of the package makes of its arguments, and the words for what came.
 
-import { invalidType, invalidValue, typeError } from './errors';
+import { abortedError, invalidType, invalidValue, typeError } from './errors';
 
 /** A value in the words of an error message: short, and never throwing itself. */
 export function describe(value: unknown): string {
@@ -48,22 +48,33 @@ export function checkPlainObject(argument: string, value: unknown): asserts valu
   }
 }
 
-/** Rejects names that are not among the known ones, with a suggestion for a misspelled one. */
-export function checkOptionNames(
-  options: object,
-  known: ReadonlySet<string>,
+/** The names of all options, each undefined. */
+export type NoOptions<Options> = { readonly [Name in keyof Required<Options>]: undefined };
+
+/**
+ * A copy of an options object, on which every known name is an own property: the object's own are
+ * read once each, and what its prototype may have does not count. Rejects unknown names, with a
+ * suggestion for a misspelled one.
+ */
+export function readOptions<Options>(
+  value: unknown,
+  none: NoOptions<Options>,
   argument = 'options',
-): void {
-  for (const name in options) {
-    if (!known.has(name)) throw unknownOption(argument, name, known);
+): Options {
+  checkPlainObject(argument, value);
+  const options: Record<string, unknown> = { ...none };
+  for (const name of Object.keys(value)) {
+    if (!Object.hasOwn(none, name)) throw unknownOption(argument, name, Object.keys(none));
+    options[name] = (value as Record<string, unknown>)[name];
   }
+  return options as Options;
 }
 
-function unknownOption(argument: string, name: string, known: ReadonlySet<string>): Error {
+function unknownOption(argument: string, name: string, known: readonly string[]): Error {
   const suggestion = closestName(name, known);
   return typeError(
     suggestion === undefined
-      ? `${argument}: unknown option "${name}"; the options are ${[...known].join(', ')}`
+      ? `${argument}: unknown option "${name}"; the options are ${known.join(', ')}`
       : `${argument}: unknown option "${name}"; did you mean "${suggestion}"?`,
   );
 }
@@ -210,7 +221,7 @@ export function joinWords(low: number, high: number): bigint {
   return (BigInt(high) << 32n) | BigInt(low);
 }
 
-/** An AbortSignal, or undefined. */
+/** An AbortSignal that has not fired, or undefined; throws an AbortError where it has. */
 export function checkSignal(argument: string, value: unknown): AbortSignal | undefined {
   if (value === undefined) return undefined;
   const signal = value as AbortSignal | null;
@@ -218,9 +229,11 @@ export function checkSignal(argument: string, value: unknown): AbortSignal | und
     typeof signal !== 'object' ||
     signal === null ||
     typeof signal.aborted !== 'boolean' ||
-    typeof signal.addEventListener !== 'function'
+    typeof signal.addEventListener !== 'function' ||
+    typeof signal.removeEventListener !== 'function'
   ) {
     throw invalidType(argument, 'an AbortSignal', describe(value));
   }
+  if (signal.aborted) throw abortedError(signal);
   return signal;
 }

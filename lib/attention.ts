@@ -1,9 +1,9 @@
 // The operation: options to Problem, one backend call, result; forward and backward, at once or
 // as a promise.
 
-import { checkOptionNames, checkPlainObject, checkSignal, joinWords } from './arguments';
-import type { Backend } from './backends';
+import { checkSignal, joinWords, type NoOptions, readOptions } from './arguments';
 import { HOST, requireGpu } from './cuda';
+import { reported, reportedAsync } from './diagnostics';
 import {
   abortedError,
   disposedError,
@@ -12,7 +12,15 @@ import {
   shapeMismatch,
   unsupported,
 } from './errors';
-import { allocateAt, allocateInt32, BOOL, copyArray, FLOAT32 } from './memory';
+import {
+  allocateAt,
+  allocateInt32,
+  BOOL,
+  byteLength,
+  checkBytes,
+  copyArray,
+  FLOAT32,
+} from './memory';
 import {
   type AttentionOptions,
   type BackwardTensors,
@@ -243,19 +251,16 @@ export async function scaledDotProductAttention(
   options?: AttentionOptions,
 ): Promise<Tensor> {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, (await forward(withStableInputs(call), false)).outputs);
 }
 
 /** Output and lse of a resolved call, beside the event loop. */
 export async function runForward(call: Call): Promise<{ output: Tensor; lse: Tensor }> {
-  throwIfAborted(call.signal);
   return outputAndLse(call, (await forward(withStableInputs(call), true)).outputs);
 }
 
 /** As {@link runForward}, on the calling thread. */
 export function runForwardSync(call: Call): { output: Tensor; lse: Tensor } {
-  throwIfAborted(call.signal);
   return outputAndLse(call, forwardSync(call, true).outputs);
 }
 
@@ -297,7 +302,6 @@ export function scaledDotProductAttentionSync(
   options?: AttentionOptions,
 ): Tensor {
   const call = resolveCall(query, key, value, options, false);
-  throwIfAborted(call.signal);
   return outputTensor(call, forwardSync(call, false).outputs);
 }
 
@@ -363,7 +367,6 @@ export async function attentionForward(
   options?: AttentionOptions | MomentsOptions,
 ): Promise<AttentionResult | AttentionMoments> {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   if (borrowed.outputs & WANTS_MOMENTS) {
     return createMoments(await forward(withStableInputs(borrowed), true));
   }
@@ -433,7 +436,6 @@ export function attentionForwardSync(
   options?: AttentionOptions | MomentsOptions,
 ): AttentionResult | AttentionMoments {
   const borrowed = resolveCall(query, key, value, options, true);
-  throwIfAborted(borrowed.signal);
   if (borrowed.outputs & WANTS_MOMENTS) return createMoments(forwardSync(borrowed, true));
   const call = withRetainedInputs(withStableInputs(borrowed)); // backward reads them again
   try {
@@ -485,15 +487,24 @@ function stable(view: TensorView): TensorView {
   return new TensorView(view.type, copyArray(view.type, view.data), view.dims, true);
 }
 
-/** Makes the arrays of a call where its tensors are: all of them, or none. */
-function allocateAll<T>(
-  call: Call,
-  build: (make: <A extends FloatArray>(type: number, dims: readonly number[]) => A) => T,
-): T {
+type Make = <A extends FloatArray>(type: number, dims: readonly number[]) => A;
+
+/**
+ * Makes the arrays of a call where its tensors are: all of them, or none.
+ *
+ * @param besides - bytes that the call needs together with them
+ */
+function allocateAll<T>(call: Call, besides: number, build: (make: Make) => T): T {
+  let bytes = besides;
+  build(<A>(type: number, dims: readonly number[]) => {
+    bytes += byteLength(type, elementCount('output', dims));
+    return NOT_YET as A;
+  });
+  checkBytes(bytes);
   const made: FloatArray[] = [];
   try {
     return build(<A extends FloatArray>(type: number, dims: readonly number[]) => {
-      const data = allocateAt<A>(call.device, type, elementCount('result', dims));
+      const data = allocateAt<A>(call.device, type, elementCount('output', dims));
       made.push(data);
       return data;
     });
@@ -503,14 +514,17 @@ function allocateAll<T>(
   }
 }
 
+const NOT_YET = new Float32Array(0) as FloatArray;
+
 /** Memory for what a forward call writes; the output goes to `output` where that is given. */
 function allocateOutputs(call: Call, output: FloatArray | null, withLse: boolean): ForwardOutputs {
   const { problem, outputs, outputDims } = call;
-  return allocateAll(call, (make) => {
+  const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
+  const sums = wantsMoments ? 16 * elementCount('output', call.sampleDims) : 0; // in float64
+  const square = scoresShape(problem);
+  return allocateAll(call, sums, (make) => {
     const floats = (isWanted: boolean, dims: readonly number[]) =>
       isWanted ? make<Float32Array>(FLOAT32, dims) : null;
-    const square = scoresShape(problem);
-    const wantsMoments = (outputs & WANTS_MOMENTS) !== 0;
     return {
       output: wantsMoments ? null : (output ?? make(problem.type, outputDims)),
       lse: floats(withLse, call.lseDims),
@@ -539,11 +553,13 @@ function onFallback(call: Call): Call {
 }
 
 /**
- * Whether the caller's `out` waits for the end: a stopped call leaves its output half written, and
- * so does a GPU that fails.
+ * Whether the caller's `out` has to wait for the end: what is stopped, or gets no memory for a later
+ * part of several, or is on a GPU that fails, leaves its output half written.
  */
-function writesAside({ outData, signal, backend }: Call): boolean {
-  return outData !== null && (signal !== undefined || backend.name.startsWith('cuda'));
+function isAside({ outData, signal, sequences, keyBlocks, problem, backend }: Call): boolean {
+  if (outData === null) return false;
+  if (signal !== undefined || backend.name.startsWith('cuda')) return true;
+  return sequences !== null || keyBlocks !== null || problem.samples > 0;
 }
 
 /** Gives arrays that nobody will see back to a GPU; host memory is collected. */
@@ -557,11 +573,13 @@ function discard(call: Call, arrays: Iterable<FloatArray | null>): void {
 /** Runs a forward call beside the event loop. Inputs must be stable. */
 async function forward(call: Call, withLse: boolean): Promise<Computed> {
   const { problem, backend, signal, outData } = call;
-  const target = writesAside(call) ? null : outData;
+  const target = isAside(call) ? null : outData;
   const outputs = allocateOutputs(call, target, withLse);
   const inputs = inputsOf(call);
   try {
-    await stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel));
+    await reportedAsync('forward', call, () =>
+      stoppable(signal, (cancel) => backend.forward(problem, inputs, outputs, cancel)),
+    );
     if (outData !== target) await copyOutput(call, outputs.output as FloatArray);
   } catch (error) {
     discard(call, written(outputs, target));
@@ -573,10 +591,10 @@ async function forward(call: Call, withLse: boolean): Promise<Computed> {
 
 function forwardSync(call: Call, withLse: boolean): Computed {
   const { problem, backend, outData, device } = call;
-  const target = writesAside(call) ? null : outData;
+  const target = isAside(call) ? null : outData;
   const outputs = allocateOutputs(call, target, withLse);
   try {
-    backend.forwardSync(problem, inputsOf(call), outputs);
+    reported('forward', call, () => backend.forwardSync(problem, inputsOf(call), outputs));
     if (outData !== target) {
       if (device === HOST) outData?.set(outputs.output as FloatArray);
       else requireGpu(device).copySync(outputs.output, outData);
@@ -611,27 +629,30 @@ function outputTensor(call: Call, { output }: ForwardOutputs): Tensor {
   return call.out ?? adoptTensor(call.problem.type, output as FloatArray, call.outputDims);
 }
 
-function throwIfAborted(signal: AbortSignal | undefined): void {
-  if (signal?.aborted) throw abortedError(signal);
-}
-
 /** Runs work that a signal can stop; the promise does not wait until the work has noticed. */
-function stoppable(
+async function stoppable(
   signal: AbortSignal | undefined,
   run: (cancel: Int32Array | null) => Promise<void>,
 ): Promise<void> {
   if (signal === undefined) return run(null);
-  return new Promise((resolve, reject) => {
-    const cancel = allocateInt32(1);
-    const work = run(cancel);
-    const stop = () => {
+  const cancel = allocateInt32(1);
+  let stop = () => {};
+  const stopped = new Promise<void>((resolve) => {
+    stop = () => {
       Atomics.store(cancel, 0, 1);
-      reject(abortedError(signal));
+      resolve();
     };
-    signal.addEventListener('abort', stop, { once: true });
-    const end = () => signal.removeEventListener('abort', stop);
-    work.then(resolve, reject).finally(end);
   });
+  // A signal need not be Node's own: what its methods throw belongs to this call's promise.
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    await Promise.race([run(cancel), stopped]);
+  } catch (error) {
+    if (cancel[0] === 0) throw error;
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+  if (cancel[0] !== 0) throw abortedError(signal);
 }
 
 /** What `backward` needs of a forward call. */
@@ -721,45 +742,54 @@ async function backward(
 ): Promise<Gradients> {
   const { call } = saved;
   const signal = readBackwardSignal(options);
-  throwIfAborted(signal);
   const gradOutput = stable(readGradOutput(call, gradOutputLike));
   const tensors = allocateGradients(saved, gradOutput);
-  const { problem, backend, fallback } = call;
-  const inputs = inputsOf(call);
-  const run = (on: Backend) =>
-    stoppable(signal, (cancel) => on.backward(problem, inputs, tensors, cancel));
   try {
-    await run(backend);
+    await runBackward(call, signal, tensors);
   } catch (error) {
     discard(call, gradientsOf(tensors));
-    if (fallback === null || !mayFallBack(call, error)) throw error;
-    await run(fallback);
+    if (!mayFallBack(call, error)) throw error;
+    await runBackward(onFallback(call), signal, tensors);
   }
   return toGradients(call, tensors);
 }
 
 function backwardSync(saved: Saved, gradOutputLike: unknown, options: unknown): Gradients {
   const { call } = saved;
-  throwIfAborted(readBackwardSignal(options));
+  readBackwardSignal(options);
   const tensors = allocateGradients(saved, readGradOutput(call, gradOutputLike));
-  const { problem, backend, fallback } = call;
   try {
-    backend.backwardSync(problem, inputsOf(call), tensors);
+    runBackwardSync(call, tensors);
   } catch (error) {
     discard(call, gradientsOf(tensors));
-    if (fallback === null || !mayFallBack(call, error)) throw error;
-    fallback.backwardSync(problem, inputsOf(call), tensors);
+    if (!mayFallBack(call, error)) throw error;
+    runBackwardSync(onFallback(call), tensors);
   }
   return toGradients(call, tensors);
 }
 
-const BACKWARD_OPTIONS: ReadonlySet<string> = new Set(['signal']);
+function runBackward(
+  call: Call,
+  signal: AbortSignal | undefined,
+  tensors: BackwardTensors,
+): Promise<void> {
+  const { problem, backend } = call;
+  const inputs = inputsOf(call);
+  return reportedAsync('backward', call, () =>
+    stoppable(signal, (cancel) => backend.backward(problem, inputs, tensors, cancel)),
+  );
+}
+
+function runBackwardSync(call: Call, tensors: BackwardTensors): void {
+  const { problem, backend } = call;
+  reported('backward', call, () => backend.backwardSync(problem, inputsOf(call), tensors));
+}
+
+const NO_BACKWARD_OPTIONS: NoOptions<BackwardOptions> = { signal: undefined };
 
 function readBackwardSignal(options: unknown): AbortSignal | undefined {
   if (options === undefined) return undefined;
-  checkPlainObject('options', options);
-  checkOptionNames(options, BACKWARD_OPTIONS);
-  return checkSignal('signal', (options as BackwardOptions).signal);
+  return checkSignal('signal', readOptions<BackwardOptions>(options, NO_BACKWARD_OPTIONS).signal);
 }
 
 /** The gradient of the output: of the output's type and shape. */
@@ -782,7 +812,7 @@ function readGradOutput(call: Call, value: unknown): TensorView {
 function allocateGradients(saved: Saved, gradOutput: TensorView): BackwardTensors {
   const { query, key, value, mask } = saved.call;
   const hasBias = mask !== null && mask.type !== BOOL;
-  return allocateAll(saved.call, (make) => ({
+  return allocateAll(saved.call, 0, (make) => ({
     output: saved.output.data as FloatArray,
     lse: saved.lse.data as Float32Array,
     gradOutput: gradOutput.data as FloatArray,

@@ -9,6 +9,7 @@ import { deviceName, findGpu, HOST, openCuda, parseDevice } from './cuda';
 import { invalidValue, type SdpaError, sdpaError, wrongLocation } from './errors';
 import { jsBackward, jsForward, type TaskList } from './js-backend';
 import { fillKeepMask } from './js-dropout';
+import { readMostBytes } from './memory';
 import type { BackwardTensors, ForwardOutputs, Inputs, Problem } from './problem-header';
 import { encodeProblem, PROBLEM_FIELDS } from './problem-header';
 
@@ -310,10 +311,12 @@ function gpuCandidate(device: number): Candidate {
   return { name, backend, error: null };
 }
 
-/** Reads the environment, once: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS. */
+/** Reads the environment, once: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS, SDPA_MAX_BYTES. */
 function readSelection(): Selection {
   const { SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS } = process.env;
   applyThreadCount(SDPA_NUM_THREADS);
+  const mostBytes = readMostBytes();
+  if (Number.isFinite(mostBytes)) loadBinding().native?.setMostBytes(mostBytes);
   const candidates = listAll();
   const cpu = chooseCpu(SDPA_CPU_ISA, candidates);
   const auto = chooseAuto(SDPA_BACKEND, candidates, cpu);

@@ -119,6 +119,8 @@ export interface NativeBinding {
   setNumThreads(count: number): void;
   /** 0 until the first setNumThreads in the process */
   getNumThreads(): number;
+  /** The most bytes of results and working buffers that a call may have, in the whole process */
+  setMostBytes(bytes: number): void;
   /** Makes the garbage collector count fresh shared memory, which it does not by itself */
   adoptMemory(bytes: Uint8Array): void;
   /** Ends what adoptMemory began; the number of bytes */
@@ -134,8 +136,15 @@ export interface LoadedBinding {
 
 const NEEDED_NODE_API = 9;
 
-/** Where this code lies; a bundle for ES modules has no such name. */
-const HERE = typeof __dirname === 'string' ? __dirname : process.cwd();
+/** Of takeStack: what Node's loader and ours take together, and half as much again. */
+const FRAMES_TO_LOAD = 1500;
+
+/**
+ * Where this code lies. A bundle for ES modules has no such name: its program's folder, and never
+ * the current one, where anybody may have put a binary.
+ */
+const HERE =
+  typeof __dirname === 'string' ? __dirname : dirname(process.argv[1] ?? process.execPath);
 const requireFromHere = createRequire(join(HERE, 'binding.js'));
 
 /** Prints where NODE_DEBUG names sdpa. */
@@ -143,13 +152,22 @@ export const debug = debuglog('sdpa');
 
 let loaded: LoadedBinding | undefined;
 
-/** The native addon, loaded at the first call. Never throws: `error` says what went wrong. */
+/** The native addon, loaded at the first call; where it cannot be, `error` says why. */
 export function loadBinding(): LoadedBinding {
   if (loaded === undefined) {
+    takeStack(FRAMES_TO_LOAD);
     loaded = tryLoad();
     debug('binary %s %s', loaded.path ?? 'none', loaded.error?.message ?? 'loaded');
   }
   return loaded;
+}
+
+/**
+ * Throws a RangeError where the stack is nearly used up. Loading would fail then in the middle of
+ * something, for no fault of the binary's, and the failure would be remembered.
+ */
+function takeStack(frames: number): number {
+  return frames === 0 ? 0 : 1 + takeStack(frames - 1);
 }
 
 function tryLoad(): LoadedBinding {

@@ -146,3 +146,19 @@ export class BlockPool {
     }
   }
 }
+
+/** The blocks that a call reads: none is written to or given away before its end. */
+export class Hold {
+  private readonly blocks: number[] = [];
+
+  constructor(private readonly pool: BlockPool) {}
+
+  add(block: number): void {
+    this.pool.retain(block);
+    this.blocks.push(block);
+  }
+
+  end(): void {
+    for (const block of this.blocks) this.pool.release(block);
+  }
+}

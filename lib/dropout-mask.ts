@@ -1,14 +1,9 @@
 // The dropout decisions of a call, without the call: the very bits that the kernels use.
 
-import {
-  checkOptionNames,
-  checkPlainObject,
-  checkUint64,
-  checkWord,
-  checkWordList,
-} from './arguments';
+import { checkUint64, checkWord, checkWordList, type NoOptions, readOptions } from './arguments';
 import { selectBackend } from './backends';
 import { sdpaError, shapeMismatch, unsupported } from './errors';
+import { checkBytes } from './memory';
 import {
   type BackendName,
   BROADCAST_AXES,
@@ -59,18 +54,18 @@ export interface DropoutMaskOptions {
   readonly backend?: BackendName;
 }
 
-const OPTION_NAMES: ReadonlySet<string> = new Set([
-  'p',
-  'placement',
-  'seed',
-  'offset',
-  'broadcast',
-  'batchOffset',
-  'headOffset',
-  'queryOffset',
-  'keyOffset',
-  'backend',
-]);
+const NO_OPTIONS: NoOptions<DropoutMaskOptions> = {
+  p: undefined,
+  placement: undefined,
+  seed: undefined,
+  offset: undefined,
+  broadcast: undefined,
+  batchOffset: undefined,
+  headOffset: undefined,
+  queryOffset: undefined,
+  keyOffset: undefined,
+  backend: undefined,
+};
 
 const CONTEXT = 1;
 
@@ -102,10 +97,9 @@ export function dropoutMask(
   dims: readonly number[],
   options: DropoutMaskOptions,
 ): Uint8Array<ArrayBuffer> {
-  checkPlainObject('options', options);
-  checkOptionNames(options, OPTION_NAMES);
-  const { p, placement, seed, offset = 0, broadcast } = options;
-  const { batchOffset = 0, headOffset = 0, queryOffset = 0, keyOffset = 0, backend } = options;
+  const given = readOptions<DropoutMaskOptions>(options, NO_OPTIONS);
+  const { p, placement, seed, offset = 0, broadcast } = given;
+  const { batchOffset = 0, headOffset = 0, queryOffset = 0, keyOffset = 0, backend } = given;
   const problem = newProblem();
   problem.dropoutPlacement = checkWord('placement', placement, PLACEMENTS);
   problem.dropoutBroadcast = checkWordList('broadcast', broadcast, BROADCAST_AXES);
@@ -140,6 +134,7 @@ function resolveDims(problem: Draft, value: unknown): number {
 }
 
 function allocateMask(length: number): Uint8Array<ArrayBuffer> {
+  checkBytes(length);
   try {
     return new Uint8Array(length);
   } catch (cause) {

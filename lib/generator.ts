@@ -2,13 +2,14 @@
 
 import { randomBytes } from 'node:crypto';
 import {
-  checkOptionNames,
   checkPlainObject,
   checkUint64,
   describe,
   highWord,
   joinWords,
   lowWord,
+  type NoOptions,
+  readOptions,
 } from './arguments';
 import { invalidType } from './errors';
 import { philox4x32 } from './js-dropout';
@@ -57,7 +58,7 @@ export interface DrawnState {
   offsetHi: number;
 }
 
-const GENERATOR_OPTIONS: ReadonlySet<string> = new Set(['seed', 'offset']);
+const NO_OPTIONS: NoOptions<GeneratorOptions> = { seed: undefined, offset: undefined };
 
 /** Tells the counters that fork a generator from all that decide on dropout: "FORK". */
 const FORK_DERIVATION = 0x464f524b;
@@ -107,9 +108,8 @@ export class Generator {
    * ```
    */
   constructor(options: GeneratorOptions = {}) {
-    checkPlainObject('options', options);
-    checkOptionNames(options, GENERATOR_OPTIONS);
-    const { seed = randomBytes(8).readBigUInt64LE(), offset = 0 } = options;
+    const given = readOptions<GeneratorOptions>(options, NO_OPTIONS);
+    const { seed = randomBytes(8).readBigUInt64LE(), offset = 0 } = given;
     this.#set(checkUint64('seed', seed), checkUint64('offset', offset));
   }
 

@@ -16,6 +16,7 @@ export {
 export type { BackendInfo, GpuInfo, TriedBackend } from './backend-info';
 export { backendInfo, setNumThreads } from './backend-info';
 export type { Location } from './cuda';
+export type { CallMessage } from './diagnostics';
 export type { DropoutMaskOptions } from './dropout-mask';
 export { dropoutMask } from './dropout-mask';
 export type { SdpaError, SdpaErrorCode } from './errors';
@@ -24,6 +25,7 @@ export { Generator, manualSeed } from './generator';
 export type {
   AppendOptions,
   AttendOptions,
+  CacheType,
   KVCacheOptions,
   KVCachePoolOptions,
   TruncateOptions,

@@ -3,6 +3,7 @@
 
 import type { TaskList } from './js-backend';
 import {
+  atMostZero,
   exponential,
   type Matrix,
   multiplyAdd,
@@ -133,7 +134,7 @@ class GradientTile extends ScoreTile {
       const start = row * scores.rowStep;
       for (let j = start; j < start + keys; j++) {
         const score = scores.data[j];
-        const weight = score === -Infinity ? 0 : exponential(score - rowLse);
+        const weight = score === -Infinity ? 0 : exponential(atMostZero(score - rowLse));
         scores.data[j] = weight;
         const isDropped = isWeights && keep[j] === 0;
         droppedWeights.data[j] = isDropped ? 0 : isWeights ? weight * keepScale : weight;

@@ -2,6 +2,7 @@
 // of queries; a second pass only where scores or weights are asked for.
 
 import {
+  atMostZero,
   exponential,
   type Matrix,
   multiplyAdd,
@@ -275,7 +276,7 @@ export class ForwardPass {
       const to = this.matrixStart(row) + tile.keyStart;
       for (let j = 0; j < tile.keys; j++) {
         const score = source[from + j];
-        const weight = score === -Infinity ? 0 : exponential(score - rowLse[row]);
+        const weight = score === -Infinity ? 0 : exponential(atMostZero(score - rowLse[row]));
         const scale = isWeights ? tile.keep[from + j] * tile.keepScale : 1;
         if (weights) weights[to + j] = weight;
         if (droppedWeights) droppedWeights[to + j] = scale === 0 ? 0 : weight * scale;

@@ -171,6 +171,14 @@ const LOWEST_STEP = LOWEST_POWER * STEPS_PER_POWER;
 const fractions = Float64Array.from({ length: STEPS_PER_POWER }, (_, i) => 2 ** (i / 64));
 const powers = Float64Array.from({ length: 282 }, (_, i) => 2 ** (i - LOWEST_POWER));
 
+/**
+ * A score less its row's lse. Only rounding takes it above 0, but that of scores of 1e9 by far: no
+ * weight may come out as more than 1. NaN stays.
+ */
+export function atMostZero(x: number): number {
+  return x > 0 ? 0 : x;
+}
+
 /** e^x to 4e-11, relative; exactly 0 where float32 would underflow. Several times Math.exp. */
 export function exponential(x: number): number {
   if (x < UNDERFLOW) return 0;

@@ -5,7 +5,7 @@ import type { TaskList } from './js-backend';
 import { ForwardPass, type Sample } from './js-forward';
 import { readRow, StoredTensor } from './js-storage';
 import { SCORES } from './js-tile';
-import { allocateFloats } from './memory';
+import { allocateFloat64, allocateFloats } from './memory';
 import type { FloatArray, ForwardOutputs, Inputs, Problem } from './problem-header';
 
 /** Samples that are computed together: their contexts take a second-level cache. */
@@ -124,8 +124,8 @@ class Moments {
     size: number,
   ) {
     this.output = allocateFloats(problem.type, size);
-    this.sums = new Float64Array(size);
-    this.squares = new Float64Array(size);
+    this.sums = allocateFloat64(size);
+    this.squares = allocateFloat64(size);
     this.stored = StoredTensor.ofQueries(problem, this.output, problem.valueDim);
     this.row = new Float64Array(problem.valueDim);
   }

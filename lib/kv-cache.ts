@@ -3,14 +3,14 @@
 
 import {
   checkInteger,
-  checkOptionNames,
-  checkPlainObject,
   checkWord,
   describe,
+  type NoOptions,
+  readOptions,
   wrongWord,
 } from './arguments';
 import { runForward, runForwardSync } from './attention';
-import { BlockPool, type BlockShape, type SourceRows } from './block-pool';
+import { BlockPool, type BlockShape, Hold, type SourceRows } from './block-pool';
 import {
   disposedError,
   invalidType,
@@ -34,6 +34,7 @@ import {
 } from './problem';
 import {
   checkLength,
+  copyInt32Array,
   elementCount,
   formatShape,
   readHostTensor,
@@ -43,7 +44,19 @@ import {
 } from './tensor';
 
 /** The types that keys and values may be stored in. */
-type CacheType = 'float32' | 'float16' | 'bfloat16';
+/**
+ * What keys and values are stored as; queries and outputs have types of their own.
+ *
+ * @example
+ * ```js
+ * import { KVCachePool } from 'node-sdpa';
+ * import assert from 'node:assert';
+ * const pool = new KVCachePool({ blocks: 4, kvHeads: 2, headDim: 16, type: 'bfloat16' });
+ * assert.strictEqual(pool.type, 'bfloat16');
+ * pool.dispose();
+ * ```
+ */
+export type CacheType = 'float32' | 'float16' | 'bfloat16';
 
 const CACHE_TYPES: readonly CacheType[] = ['float32', 'float16', 'bfloat16'];
 const LARGEST_INT32 = 2 ** 31 - 1;
@@ -66,6 +79,7 @@ export interface KVCachePoolOptions {
   readonly blocks: number;
   /** Positions in a block, a multiple of 64. Default: 64 */
   readonly blockLength?: number;
+  /** Hkv, heads of keys and values */
   readonly kvHeads: number;
   /** D, 1 to 512 */
   readonly headDim: number;
@@ -196,43 +210,55 @@ export interface AttendOptions
   readonly causalOffset?: AttentionOptions['causalOffset'];
 }
 
-const POOL_NAMES: ReadonlySet<string> = new Set([
-  'blocks',
-  'blockLength',
-  'kvHeads',
-  'headDim',
-  'valueDim',
-  'type',
-  'device',
-]);
-const SHAPE_NAMES = ['kvHeads', 'headDim', 'valueDim', 'type', 'device'] as const;
-const CACHE_NAMES: ReadonlySet<string> = new Set(['batch', 'maxLength', 'pool', ...SHAPE_NAMES]);
-const APPEND_NAMES: ReadonlySet<string> = new Set(['sequences', 'lengths', 'layout']);
-const TRUNCATE_NAMES: ReadonlySet<string> = new Set(['sequences']);
-const ATTEND_NAMES: ReadonlySet<string> = new Set<keyof AttendOptions>([
-  'sequences',
-  'isCausal',
-  'causalOffset',
-  'windowSize',
-  'scale',
-  'softcap',
-  'dropoutP',
-  'dropoutPlacement',
-  'dropoutBroadcast',
-  'training',
-  'seed',
-  'offset',
-  'generator',
-  'batchOffset',
-  'headOffset',
-  'queryOffset',
-  'keyOffset',
-  'precision',
-  'layout',
-  'backend',
-  'out',
-  'signal',
-]);
+const NO_SHAPE = {
+  kvHeads: undefined,
+  headDim: undefined,
+  valueDim: undefined,
+  type: undefined,
+  device: undefined,
+};
+const SHAPE_NAMES = Object.keys(NO_SHAPE) as (keyof typeof NO_SHAPE)[];
+const NO_POOL: NoOptions<KVCachePoolOptions> = {
+  blocks: undefined,
+  blockLength: undefined,
+  ...NO_SHAPE,
+};
+const NO_CACHE: NoOptions<KVCacheOptions> = {
+  batch: undefined,
+  maxLength: undefined,
+  pool: undefined,
+  ...NO_SHAPE,
+};
+const NO_APPEND: NoOptions<AppendOptions> = {
+  sequences: undefined,
+  lengths: undefined,
+  layout: undefined,
+};
+const NO_TRUNCATE: NoOptions<TruncateOptions> = { sequences: undefined };
+const NO_ATTEND: NoOptions<AttendOptions> = {
+  sequences: undefined,
+  isCausal: undefined,
+  causalOffset: undefined,
+  windowSize: undefined,
+  scale: undefined,
+  softcap: undefined,
+  dropoutP: undefined,
+  dropoutPlacement: undefined,
+  dropoutBroadcast: undefined,
+  training: undefined,
+  seed: undefined,
+  offset: undefined,
+  generator: undefined,
+  batchOffset: undefined,
+  headOffset: undefined,
+  queryOffset: undefined,
+  keyOffset: undefined,
+  precision: undefined,
+  layout: undefined,
+  backend: undefined,
+  out: undefined,
+  signal: undefined,
+};
 
 /** What reaches into a pool's private field; the class assigns it. Null: disposed. */
 let blocksOf: (pool: KVCachePool) => BlockPool | null;
@@ -276,15 +302,14 @@ export class KVCachePool {
    * @throws Error `ERR_SDPA_OUT_OF_MEMORY`; `ERR_SDPA_BACKEND_UNAVAILABLE` for another device
    */
   constructor(options: KVCachePoolOptions) {
-    checkPlainObject('options', options);
-    checkOptionNames(options, POOL_NAMES);
-    const { blocks, blockLength = BLOCK_UNIT } = options;
+    const given = readOptions<KVCachePoolOptions>(options, NO_POOL);
+    const { blocks, blockLength = BLOCK_UNIT } = given;
     const length = checkInteger('blockLength', blockLength, 1, LARGEST_INT32);
     if (length % BLOCK_UNIT !== 0) {
       throw invalidValue('blockLength', `a multiple of ${BLOCK_UNIT}`, String(length));
     }
     this.#count = checkInteger('blocks', blocks, 1, LARGEST_INT32);
-    this.#shape = readShape(options, length);
+    this.#shape = readShape(given, length);
     const { kvHeads, headDim, valueDim } = this.#shape;
     elementCount('blocks', [this.#count, length, kvHeads, Math.max(headDim, valueDim)]);
     this.#blocks = new BlockPool(this.#shape, this.#count);
@@ -419,9 +444,12 @@ export class KVCache {
    *   another device
    */
   constructor(options: KVCacheOptions) {
-    checkPlainObject('options', options);
-    checkOptionNames(options, CACHE_NAMES);
-    const { batch = 1, maxLength, pool: given, ...shape } = { ...options };
+    const {
+      batch = 1,
+      maxLength,
+      pool: given,
+      ...shape
+    } = readOptions<KVCacheOptions>(options, NO_CACHE);
     const count = checkInteger('batch', batch, 1, LARGEST_INT32);
     this.#ownsPool = given === undefined;
     const pool = given === undefined ? ownPool(count, maxLength, shape) : checkPool(given, shape);
@@ -475,10 +503,9 @@ export class KVCache {
    * ```
    */
   append(key: TensorLike, value: TensorLike, options: AppendOptions = {}): void {
-    checkPlainObject('options', options);
-    checkOptionNames(options, APPEND_NAMES);
-    const { sequences: chosen, lengths: givenLengths } = options;
-    const headsInside = checkWord('layout', options.layout, LAYOUTS) === 1;
+    const given = readOptions<AppendOptions>(options, NO_APPEND);
+    const { sequences: chosen, lengths: givenLengths } = given;
+    const headsInside = checkWord('layout', given.layout, LAYOUTS) === 1;
     const keys = readHostTensor('key', key);
     const values = readHostTensor('value', value);
     const numbers = readSequences(chosen, this.batch, false);
@@ -596,10 +623,9 @@ export class KVCache {
    * ```
    */
   truncate(length: number, options: TruncateOptions = {}): void {
-    checkPlainObject('options', options);
-    checkOptionNames(options, TRUNCATE_NAMES);
+    const { sequences: chosen } = readOptions<TruncateOptions>(options, NO_TRUNCATE);
     const most = checkInteger('length', length, 0, LARGEST_INT32);
-    const numbers = readSequences(options.sequences, this.batch, true);
+    const numbers = readSequences(chosen, this.batch, true);
     const { sequences } = this.#held();
     const pool = this.#pool();
     for (const number of numbers) {
@@ -671,14 +697,12 @@ export class KVCache {
    * ```
    */
   async attend(query: TensorLike, options: AttendOptions = {}): Promise<MergedAttention> {
-    const { call, held } = this.#resolve(query, options);
-    const pool = this.#pool();
-    for (const block of held) pool.retain(block);
+    const hold = new Hold(this.#pool());
     try {
-      return await runForward(call);
+      return await runForward(this.#resolve(query, options, hold));
     } finally {
       // An aborted call may still be reading, but what it makes of it is seen by no one.
-      for (const block of held) pool.release(block);
+      hold.end();
     }
   }
 
@@ -701,34 +725,35 @@ export class KVCache {
    * ```
    */
   attendSync(query: TensorLike, options: AttendOptions = {}): MergedAttention {
-    return runForwardSync(this.#resolve(query, options).call);
+    const hold = new Hold(this.#pool());
+    try {
+      return runForwardSync(this.#resolve(query, options, hold));
+    } finally {
+      hold.end();
+    }
   }
 
-  /** A call on the cache as it is now, and the blocks that it reads. */
-  #resolve(query: unknown, options: AttendOptions): { call: Call; held: number[] } {
-    checkPlainObject('options', options);
-    checkOptionNames(options, ATTEND_NAMES);
-    const held: number[] = [];
-    const chosen = options.sequences;
-    const call = resolveCachedCall(query, options, () => {
-      const numbers = readSequences(chosen, this.batch, true);
+  /** A call on the cache as it is now; `hold` gets the blocks that it reads. */
+  #resolve(query: unknown, options: AttendOptions, hold: Hold): Call {
+    const given = readOptions<AttendOptions>(options, NO_ATTEND);
+    return resolveCachedCall(query, given, () => {
+      const numbers = readSequences(given.sequences, this.batch, true);
       const { sequences } = this.#held();
       return this.#gather(
         numbers.map((number) => sequences[number]),
-        held,
+        hold,
       );
     });
-    return { call, held };
   }
 
-  #gather(sequences: readonly Sequence[], held: number[]): CachedKeys {
+  #gather(sequences: readonly Sequence[], hold: Hold): CachedKeys {
     const { kvHeads, blockLength, headDim, valueDim, type } = this.#shape;
     const { key, value, count } = this.#pool();
     const width = sequences.reduce((most, { blocks }) => Math.max(most, blocks.length), 1);
     const blocks = allocateInt32(sequences.length * width);
     sequences.forEach((sequence, i) => {
       blocks.set(sequence.blocks, i * width);
-      for (const block of sequence.blocks) held.push(block);
+      for (const block of sequence.blocks) hold.add(block);
     });
     const lengths = allocateInt32(sequences.length);
     lengths.set(sequences.map(({ length }) => length));
@@ -818,13 +843,14 @@ function readSequences(value: unknown, batch: number, mayRepeat: boolean): numbe
 /** How many positions of each entry are new: all, or those listed. */
 function readLengths(value: unknown, entries: number, length: number): Int32Array {
   if (value === undefined) return new Int32Array(entries).fill(length);
-  if (!Array.isArray(value) && !(value instanceof Int32Array)) {
-    throw invalidType('lengths', 'an array or Int32Array', describe(value));
+  const given: readonly unknown[] | Int32Array | null = Array.isArray(value)
+    ? [...value]
+    : copyInt32Array(value);
+  if (given === null) throw invalidType('lengths', 'an array or Int32Array', describe(value));
+  if (given.length !== entries) {
+    throw shapeMismatch('lengths', `one for each of ${entries} sequences`, String(given.length));
   }
-  if (value.length !== entries) {
-    throw shapeMismatch('lengths', `one for each of ${entries} sequences`, String(value.length));
-  }
-  return Int32Array.from(value as ArrayLike<unknown>, (n, i) =>
+  return Int32Array.from(given as ArrayLike<unknown>, (n, i) =>
     checkInteger(`lengths[${i}]`, n, 0, length),
   );
 }

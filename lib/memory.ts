@@ -3,7 +3,7 @@
 import { constants } from 'node:buffer';
 import { type DeviceMemory, loadBinding } from './binding';
 import { HOST, requireGpu } from './cuda';
-import { sdpaError } from './errors';
+import { invalidValue, sdpaError } from './errors';
 import type { FloatArray } from './problem-header';
 
 /** The code of an element type: float32, float16 and bfloat16 as in Problem.type, then bool. */
@@ -12,9 +12,48 @@ export const FLOAT16 = 1;
 export const BFLOAT16 = 2;
 export const BOOL = 3;
 
-const BYTES = [4, 2, 2, 1];
-
 type TensorArray = Float32Array | Uint16Array | Uint8Array;
+
+let mostBytes: number | undefined;
+
+/** What SDPA_MAX_BYTES says that one call may take; Infinity where it says nothing. */
+export function readMostBytes(): number {
+  if (mostBytes === undefined) {
+    const { SDPA_MAX_BYTES: text } = process.env;
+    const bytes = text === undefined || text === '' ? Number.POSITIVE_INFINITY : Number(text);
+    if (bytes !== Number.POSITIVE_INFINITY && !(Number.isSafeInteger(bytes) && bytes > 0)) {
+      const expected = `an integer from 1 to ${Number.MAX_SAFE_INTEGER}`;
+      throw invalidValue('SDPA_MAX_BYTES', expected, JSON.stringify(text));
+    }
+    mostBytes = bytes;
+  }
+  return mostBytes;
+}
+
+/**
+ * Throws where the results of a call, and what it needs of their size besides, are more than it may
+ * take. Before anything is allocated; native code keeps its working buffers within what is left.
+ */
+export function checkBytes(bytes: number): void {
+  const most = readMostBytes();
+  if (bytes <= most) return;
+  const message = `The call needs ${bytes} bytes, and SDPA_MAX_BYTES allows it ${most}`;
+  throw sdpaError('ERR_SDPA_OUT_OF_MEMORY', message);
+}
+
+/** Bytes of `length` elements of a type. */
+export function byteLength(type: number, length: number): number {
+  return length * (type === FLOAT32 ? 4 : type === BOOL ? 1 : 2);
+}
+
+/** Makes `length` float64 zeros, which native code does not see. */
+export function allocateFloat64(length: number): Float64Array {
+  try {
+    return new Float64Array(length);
+  } catch (cause) {
+    throw sdpaError('ERR_SDPA_OUT_OF_MEMORY', `No memory for ${8 * length} bytes of sums`, cause);
+  }
+}
 
 /** Below this many bytes an array costs about as much as its JavaScript objects. */
 const SMALLEST_COUNTED = 4096;
@@ -44,7 +83,7 @@ export function allocateFloats(type: number, length: number): FloatArray {
  */
 export function allocateAt<T extends TensorArray>(device: number, type: number, length: number): T {
   if (device === HOST) return allocate(type, length) as T;
-  const memory = requireGpu(device).deviceAllocate(device, length * BYTES[type]);
+  const memory = requireGpu(device).deviceAllocate(device, byteLength(type, length));
   return memory as unknown as T;
 }
 

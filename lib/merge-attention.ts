@@ -1,10 +1,10 @@
 // Attention over disjoint keys put together: parts computed apart (key shards, processes, machines)
 // are joined by their lse into what all their keys together would have given.
 
-import { checkOptionNames, checkPlainObject, checkWord, describe } from './arguments';
+import { checkWord, describe, type NoOptions, readOptions } from './arguments';
 import { invalidType, invalidValue, shapeMismatch } from './errors';
 import { readRow, writeRow } from './js-storage';
-import { allocateFloat32, allocateFloats, BOOL, FLOAT32 } from './memory';
+import { allocateFloat32, allocateFloats, BOOL, byteLength, checkBytes, FLOAT32 } from './memory';
 import { type FloatArray, LAYOUTS, type Layout, sameShape } from './problem';
 import {
   adoptTensor,
@@ -76,7 +76,7 @@ export interface MergeOptions {
   readonly layout?: Layout;
 }
 
-const OPTION_NAMES: ReadonlySet<string> = new Set(['layout']);
+const NO_OPTIONS: NoOptions<MergeOptions> = { layout: undefined };
 const BSHD = 1;
 
 /** A part as read and checked. */
@@ -131,6 +131,7 @@ export function mergeAttention(
     checkLength(`parts[${i}].output`, part.output);
     checkLength(`parts[${i}].lse`, part.lse);
   });
+  checkBytes(byteLength(output.type, output.data.length) + byteLength(FLOAT32, lse.data.length));
   const merged = allocateFloats(output.type, output.data.length);
   const mergedLse = allocateFloat32(lse.data.length);
   mergeRows(views, major, minor, merged, mergedLse);
@@ -142,9 +143,7 @@ export function mergeAttention(
 
 function readLayout(options: unknown): number {
   if (options === undefined) return 0;
-  checkPlainObject('options', options);
-  checkOptionNames(options, OPTION_NAMES);
-  return checkWord('layout', (options as MergeOptions).layout, LAYOUTS);
+  return checkWord('layout', readOptions<MergeOptions>(options, NO_OPTIONS).layout, LAYOUTS);
 }
 
 function readParts(parts: unknown): PartView[] {

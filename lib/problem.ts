@@ -5,8 +5,6 @@ import {
   checkBoolean,
   checkInteger,
   checkNumber,
-  checkOptionNames,
-  checkPlainObject,
   checkSignal,
   checkUint64,
   checkWord,
@@ -14,6 +12,8 @@ import {
   describe,
   highWord,
   lowWord,
+  type NoOptions,
+  readOptions,
 } from './arguments';
 import { type Backend, selectForCall } from './backends';
 import { deviceName, HOST } from './cuda';
@@ -31,6 +31,7 @@ import { allocateInt32, BOOL, FLOAT32, isOnDevice } from './memory';
 import type { FloatArray, Problem, Sequences } from './problem-header';
 import {
   checkLength,
+  copyInt32Array,
   elementCount,
   formatShape,
   isTensor,
@@ -196,9 +197,9 @@ export type AttentionOutputName = 'lse' | 'scores' | 'weights' | 'droppedWeights
  * ```
  */
 export interface CuSeqlens {
-  /** [B + 1]: sequence b has the queries query[b] to query[b + 1] of the packed ones */
+  /** `[B + 1]`: sequence b has the queries query[b] to query[b + 1] of the packed ones */
   readonly query: Int32Array;
-  /** [B + 1]: the same for keys and values */
+  /** `[B + 1]`: the same for keys and values */
   readonly key: Int32Array;
 }
 
@@ -311,7 +312,7 @@ export interface AttentionOptions {
    * [totalK, Hkv, D], value [totalK, Hkv, Dv], output [totalQ, Hq, Dv], lse [Hq, totalQ]. Positions
    * restart in each sequence, `'bottom-right'` is each one's own, and dropout takes the sequence's
    * number for its batch entry. A sequence has the very bits that it has alone. Not together with
-   * attnMask, keepMask, layout `'bhsd'`, or outputs other than lse. Default: none
+   * attnMask, keepMask, samples, layout `'bhsd'`, or outputs other than lse. Default: none
    */
   readonly cuSeqlens?: CuSeqlens;
   /** What computes. Default: `'auto'` */
@@ -351,6 +352,7 @@ export interface AttentionOptions {
 export interface MomentsOptions extends Omit<AttentionOptions, 'moments' | 'out'> {
   /** At least 2: one sample has no variance */
   readonly samples: number;
+  /** Returns mean and variance in place of the samples' outputs */
   readonly moments: true;
 }
 
@@ -409,50 +411,37 @@ type Given = { readonly [Name in keyof AttentionOptions]-?: unknown };
 /** A Problem while it is being resolved. */
 export type Draft = { -readonly [Field in keyof Problem]: Problem[Field] };
 
-const NO_OPTIONS: Given = copyOptions({});
-const OPTION_NAMES: ReadonlySet<string> = new Set(Object.keys(NO_OPTIONS));
-
-/** The only place that touches the user's options: each property is read once. */
-function copyOptions(options: AttentionOptions): Given {
-  return {
-    attnMask: options.attnMask,
-    isCausal: options.isCausal,
-    causalOffset: options.causalOffset,
-    windowSize: options.windowSize,
-    kvLengths: options.kvLengths,
-    scale: options.scale,
-    softcap: options.softcap,
-    enableGqa: options.enableGqa,
-    dropoutP: options.dropoutP,
-    dropoutPlacement: options.dropoutPlacement,
-    dropoutBroadcast: options.dropoutBroadcast,
-    training: options.training,
-    seed: options.seed,
-    offset: options.offset,
-    generator: options.generator,
-    keepMask: options.keepMask,
-    samples: options.samples,
-    moments: options.moments,
-    batchOffset: options.batchOffset,
-    headOffset: options.headOffset,
-    queryOffset: options.queryOffset,
-    keyOffset: options.keyOffset,
-    precision: options.precision,
-    layout: options.layout,
-    cuSeqlens: options.cuSeqlens,
-    backend: options.backend,
-    out: options.out,
-    signal: options.signal,
-    outputs: options.outputs,
-  };
-}
-
-function readOptions(options: unknown): Given {
-  if (options === undefined) return NO_OPTIONS;
-  checkPlainObject('options', options);
-  checkOptionNames(options, OPTION_NAMES);
-  return copyOptions(options);
-}
+const NO_OPTIONS: NoOptions<AttentionOptions> = {
+  attnMask: undefined,
+  isCausal: undefined,
+  causalOffset: undefined,
+  windowSize: undefined,
+  kvLengths: undefined,
+  scale: undefined,
+  softcap: undefined,
+  enableGqa: undefined,
+  dropoutP: undefined,
+  dropoutPlacement: undefined,
+  dropoutBroadcast: undefined,
+  training: undefined,
+  seed: undefined,
+  offset: undefined,
+  generator: undefined,
+  keepMask: undefined,
+  samples: undefined,
+  moments: undefined,
+  batchOffset: undefined,
+  headOffset: undefined,
+  queryOffset: undefined,
+  keyOffset: undefined,
+  precision: undefined,
+  layout: undefined,
+  cuSeqlens: undefined,
+  backend: undefined,
+  out: undefined,
+  signal: undefined,
+  outputs: undefined,
+};
 
 /**
  * Checks the arguments of an attention call and resolves every default. Lengths come after all
@@ -467,7 +456,7 @@ export function resolveCall(
   options: unknown,
   allowsOutputs: boolean,
 ): Call {
-  const given = readOptions(options);
+  const given = options === undefined ? NO_OPTIONS : readOptions<Given>(options, NO_OPTIONS);
   const query = readTensor('query', queryLike);
   const key = readTensor('key', keyLike);
   const value = readTensor('value', valueLike);
@@ -546,17 +535,15 @@ export interface CachedKeys {
 
 /**
  * As {@link resolveCall}, for queries at the end of what a cache holds: causal by default, with the
- * diagonal of `'bottom-right'`, each sequence by its own length. `gather` says what is in the cache
- * and comes after all code of the caller's.
+ * diagonal of `'bottom-right'`, each sequence by its own length. `gather` says what is in the cache.
  */
 export function resolveCachedCall(
   queryLike: unknown,
   options: AttentionOptions,
   gather: () => CachedKeys,
 ): Call {
-  const copy = copyOptions(options);
-  const { isCausal = true, causalOffset = 'bottom-right' } = copy;
-  const given: Given = { ...copy, isCausal, causalOffset };
+  const { isCausal = true, causalOffset = 'bottom-right' } = options;
+  const given: Given = { ...NO_OPTIONS, ...options, isCausal, causalOffset };
   const query = readHostTensor('query', queryLike);
   const problem = newProblem();
   problem.layout = checkWord('layout', given.layout, LAYOUTS);
@@ -779,9 +766,7 @@ function resolvePackedShapes(
 /** The sequences of a packed batch; their number and largest lengths become the problem's. */
 function resolveSequences(problem: Draft, given: Given, totalQ: number, totalK: number): Sequences {
   const { cuSeqlens } = given;
-  checkPlainObject('cuSeqlens', cuSeqlens);
-  checkOptionNames(cuSeqlens, CU_SEQLENS_NAMES, 'cuSeqlens');
-  const { query, key } = cuSeqlens as CuSeqlens;
+  const { query, key } = readOptions<CuSeqlens>(cuSeqlens, NO_STARTS, 'cuSeqlens');
   const queryStarts = readStarts('cuSeqlens.query', query, totalQ);
   const keyStarts = readStarts('cuSeqlens.key', key, totalK);
   if (keyStarts.length !== queryStarts.length) {
@@ -801,13 +786,12 @@ function resolveSequences(problem: Draft, given: Given, totalQ: number, totalK: 
   return { queryStarts, keyStarts };
 }
 
-const CU_SEQLENS_NAMES: ReadonlySet<string> = new Set(['query', 'key']);
+const NO_STARTS = { query: undefined, key: undefined };
 
 /** Checks a copy: the original may be shared with another thread. */
 function readStarts(argument: string, value: unknown, total: number): Int32Array {
-  if (!(value instanceof Int32Array)) throw invalidType(argument, 'an Int32Array', describe(value));
-  const starts = allocateInt32(value.length);
-  starts.set(value);
+  const starts = copyInt32Array(value);
+  if (starts === null) throw invalidType(argument, 'an Int32Array', describe(value));
   if (starts.length < 2) {
     throw shapeMismatch(argument, 'B + 1 running totals', String(starts.length));
   }
@@ -1004,15 +988,12 @@ function resolveKvLengths(
   sequences: Sequences | null,
 ): Int32Array | null {
   if (value === undefined) return null;
-  if (!(value instanceof Int32Array)) {
-    throw invalidType('kvLengths', 'an Int32Array', describe(value));
-  }
-  if (value.length !== problem.batch) {
+  const lengths = copyInt32Array(value);
+  if (lengths === null) throw invalidType('kvLengths', 'an Int32Array', describe(value));
+  if (lengths.length !== problem.batch) {
     const expected = `one length for each of ${problem.batch} batch entries`;
-    throw shapeMismatch('kvLengths', expected, String(value.length));
+    throw shapeMismatch('kvLengths', expected, String(lengths.length));
   }
-  const lengths = allocateInt32(problem.batch);
-  lengths.set(value);
   for (let b = 0; b < lengths.length; b++) {
     const most = sequences === null ? problem.keyLength : lengthOf(sequences.keyStarts, b);
     if (lengths[b] < 0 || lengths[b] > most) {

@@ -5,7 +5,16 @@ import type { DeviceMemory } from './binding';
 import { deviceName, HOST, type Location, readLocation, requireGpu } from './cuda';
 import { disposedError, invalidType, invalidValue, shapeMismatch, wrongLocation } from './errors';
 import { bfloat16sToFloats, halvesToFloats } from './float16';
-import { allocateAt, BFLOAT16, BOOL, copyArray, deviceOf, FLOAT16, FLOAT32 } from './memory';
+import {
+  allocateAt,
+  allocateInt32,
+  BFLOAT16,
+  BOOL,
+  copyArray,
+  deviceOf,
+  FLOAT16,
+  FLOAT32,
+} from './memory';
 
 /**
  * What the elements of a tensor are: IEEE single or half precision, bfloat16, or booleans.
@@ -118,6 +127,7 @@ let isTensorObject: (value: object) => boolean;
  */
 export class Tensor implements TensorLike {
   #view: TensorView;
+  #data: TensorData | undefined; // what callers see, and may change the properties of
   #isDisposed = false;
 
   /**
@@ -188,9 +198,12 @@ export class Tensor implements TensorLike {
    * ```
    */
   get data(): TensorData {
-    const { data, device } = this.#current();
-    if (device === HOST) return data;
-    throw wrongLocation('data', 'a tensor in host memory (getData() fetches it)', this.location);
+    const { type, data, device } = this.#current();
+    if (device !== HOST) {
+      throw wrongLocation('data', 'a tensor in host memory (getData() fetches it)', this.location);
+    }
+    this.#data ??= viewOf(type, data.buffer, data.byteOffset, data.length);
+    return this.#data;
   }
 
   #current(): TensorView {
@@ -257,7 +270,7 @@ export class Tensor implements TensorLike {
    */
   async getData(): Promise<TensorData> {
     const view = this.#current();
-    return view.device === HOST ? view.data : (await copyTo(HOST, view)).data;
+    return view.device === HOST ? this.data : (await copyTo(HOST, view)).data;
   }
 
   /**
@@ -314,8 +327,9 @@ export class Tensor implements TensorLike {
   }
 
   /**
-   * Lets go of the memory, at once where it is on a GPU. Every later use of the elements throws `ERR_SDPA_DISPOSED`; calls and
-   * results that read the tensor already are not disturbed. Disposing twice is allowed.
+   * Lets go of the memory, at once where it is on a GPU. Every later use of the elements throws
+   * `ERR_SDPA_DISPOSED`; calls and results that read the tensor already are not disturbed. Disposing
+   * twice is allowed.
    *
    * @example
    * ```js
@@ -329,6 +343,7 @@ export class Tensor implements TensorLike {
   dispose(): void {
     this.#isDisposed = true;
     release(this.#view);
+    this.#data = undefined;
     this.#view = new TensorView(this.#view.type, new Uint8Array(0), this.#view.dims, true);
   }
 
@@ -457,7 +472,7 @@ function copyView(type: unknown, data: unknown, dims: unknown): TensorView {
 }
 
 function createView(argument: string, type: unknown, data: unknown, dims: unknown): TensorView {
-  const tag = typedArrayTag.call(data);
+  const tag = tagOf(data);
   let code: number;
   if (tag === 'Float32Array' && (type === undefined || type === 'float32')) code = FLOAT32;
   else if (tag === 'Uint8Array' && (type === undefined || type === 'bool')) code = BOOL;
@@ -465,17 +480,46 @@ function createView(argument: string, type: unknown, data: unknown, dims: unknow
   else if (tag === 'Uint16Array' && type === 'bfloat16') code = BFLOAT16;
   else if (tag === 'Float16Array' && (type === undefined || type === 'float16')) code = FLOAT16;
   else throw wrongData(argument, tag, type, data);
-  checkBuffer(argument, (data as TensorData).buffer);
   const sizes = readDims(dims, argument, '.dims');
-  if (tag !== 'Float16Array') return new TensorView(code, data as TensorData, sizes, false);
-  return new TensorView(code, bitPatterns(argument, data as Float16ArrayLike), sizes, false);
+  return new TensorView(code, plainView(argument, code, data), sizes, false);
 }
 
-/** A typed array's class name, whatever realm or subclass it is of; undefined for all else. */
-const typedArrayTag = Object.getOwnPropertyDescriptor(
+/** A view of the same elements whose properties nobody else can reach. */
+function plainView(argument: string, code: number, data: unknown): TensorData {
+  const buffer = bufferOf(data);
+  checkBuffer(argument, buffer);
+  return viewOf(code, buffer, byteOffsetOf(data), lengthOf(data));
+}
+
+function viewOf(code: number, buffer: ArrayBufferLike, offset: number, length: number): TensorData {
+  if (code === FLOAT32) return new Float32Array(buffer, offset, length);
+  if (code === BOOL) return new Uint8Array(buffer, offset, length);
+  return new Uint16Array(buffer, offset, length); // bit patterns, of a Float16Array too
+}
+
+// What an array is, asked of itself and not of the properties that a caller may have put before
+// its own: whatever realm or subclass it is of.
+const ARRAY_PROPERTIES = Object.getOwnPropertyDescriptors(
   Object.getPrototypeOf(Uint8Array.prototype),
-  Symbol.toStringTag,
-)?.get as (this: unknown) => string | undefined;
+) as Record<PropertyKey, PropertyDescriptor>;
+const tagOf = getterOf<string | undefined>(Symbol.toStringTag); // undefined for all but arrays
+const bufferOf = getterOf<ArrayBufferLike>('buffer');
+const byteOffsetOf = getterOf<number>('byteOffset');
+const lengthOf = getterOf<number>('length');
+
+function getterOf<T>(name: PropertyKey): (array: unknown) => T {
+  const getter = ARRAY_PROPERTIES[name].get as () => T;
+  return (array) => getter.call(array);
+}
+
+/** The elements of an Int32Array in an array of our own; null for all else. */
+export function copyInt32Array(value: unknown): Int32Array | null {
+  if (tagOf(value) !== 'Int32Array') return null;
+  const length = lengthOf(value); // 0 where it is detached
+  const copy = allocateInt32(length);
+  if (length > 0) copy.set(new Int32Array(bufferOf(value), byteOffsetOf(value), length));
+  return copy;
+}
 
 function wrongData(argument: string, tag: string | undefined, type: unknown, data: unknown): Error {
   if (tag === 'Uint16Array' && type === undefined) {
@@ -498,8 +542,9 @@ interface BufferState {
   readonly growable?: boolean;
 }
 
-/** An array whose length may change while it is computed on is refused. */
+/** An array that is detached is refused, and one whose length may change while it is computed on. */
 function checkBuffer(argument: string, buffer: ArrayBufferLike & BufferState): void {
+  if (isDetached(buffer)) throw detachedError(argument);
   if (buffer.resizable === true || buffer.growable === true) {
     const kind = buffer.resizable === true ? 'resizable' : 'growable';
     throw invalidType(`${argument}.data`, 'a buffer of fixed length', `a ${kind} one`);
@@ -518,11 +563,6 @@ function isDetached(buffer: ArrayBufferLike): boolean {
   } catch {
     return true;
   }
-}
-
-function bitPatterns(argument: string, data: Float16ArrayLike): Uint16Array {
-  if (isDetached(data.buffer)) throw detachedError(argument);
-  return new Uint16Array(data.buffer, data.byteOffset, data.length);
 }
 
 /** A copy of a shape, each size checked; errors name `argument` and `property`. */

@@ -20,7 +20,10 @@
       'cflags_cc!': ['-fno-exceptions', '-fno-rtti', '-std=gnu++17', '-std=gnu++20'],
       'cflags_cc': ['<@(sdpa_compile_flags)', '<@(sdpa_release_flags)'],
       'conditions': [
-        ['OS == "linux"', { 'ldflags': ['<@(sdpa_link_flags_linux)'] }],
+        ['OS == "linux"', {
+          'cflags_cc': ['<@(sdpa_hardening_flags_linux)'],
+          'ldflags': ['<@(sdpa_link_flags_linux)'],
+        }],
         ['OS == "mac"', {
           'xcode_settings': {
             'GCC_ENABLE_CPP_EXCEPTIONS': 'YES',

@@ -73,7 +73,17 @@
       '-O3',
       '-DNDEBUG',
     ],
+    # A buffer that is overrun ends the process rather than being of use to whoever overran it.
+    'sdpa_hardening_flags_linux': [
+      '-fstack-protector-strong',
+      '-U_FORTIFY_SOURCE', # some compilers set it themselves
+      '-D_FORTIFY_SOURCE=2',
+    ],
     'sdpa_link_flags_linux': [
+      # Tables of addresses are written once, while the addon loads; no stack is executable.
+      '-Wl,-z,relro',
+      '-Wl,-z,now',
+      '-Wl,-z,noexecstack',
       '-static-libstdc++',
       '-static-libgcc',
       '-Wl,--exclude-libs,ALL',

@@ -31,13 +31,13 @@ export function randomTensor(seed: number, dims: readonly number[]) {
 export function swapAxes({ data, dims }: ReferenceTensor) {
   const [batch, rows, columns, width] = dims;
   const swapped = new Float64Array(data.length);
-  for (let at = 0; at < data.length; at++) {
-    const d = at % width;
-    const column = Math.floor(at / width) % columns;
-    const row = Math.floor(at / (width * columns)) % rows;
-    const b = Math.floor(at / (width * columns * rows));
-    swapped[((b * columns + column) * rows + row) * width + d] = data[at];
-  }
+  let at = 0;
+  for (let b = 0; b < batch; b++)
+    for (let column = 0; column < columns; column++)
+      for (let row = 0; row < rows; row++) {
+        const from = ((b * rows + row) * columns + column) * width;
+        for (let d = 0; d < width; d++) swapped[at++] = data[from + d];
+      }
   return { data: swapped, dims: [batch, columns, rows, width] };
 }
 

@@ -16,24 +16,29 @@ export interface Finished {
 export interface ChildOptions {
   args?: string[];
   env?: Record<string, string>;
+  /** Default: the package's root. */
+  cwd?: string;
   /** A program on standard input. */
   input?: string;
   timeout?: number;
+  /** Another user to run as; only root can. */
+  uid?: number;
   /** The model of a processor to play, as qemu-x86_64 -cpu takes it. */
   emulated?: string;
 }
 
-/** Runs Node in the package's root, so that 'node-sdpa' is this package, through its exports. */
+/** Runs Node; in the package's root, 'node-sdpa' is this package, through its exports. */
 export function runNode(options: ChildOptions) {
-  const { args = [], env = {}, input = '', timeout = 60_000, emulated } = options;
+  const { args = [], env = {}, input = '', timeout = 60_000, cwd = ROOT, uid, emulated } = options;
   const [program, ...before] = emulated
     ? ['qemu-x86_64', '-cpu', emulated, process.execPath, '--jitless']
     : [process.execPath];
   return new Promise<Finished>((resolve, reject) => {
     const child = spawn(program, [...before, ...args], {
-      cwd: ROOT,
+      cwd,
       env: { ...cleanEnvironment(), ...env },
       timeout,
+      uid,
       killSignal: 'SIGKILL',
     });
     let stdout = '';

@@ -685,6 +685,7 @@ const PACKING: Case[] = [
     UNSUPPORTED,
     'keepMask … cuSeqlens',
   ],
+  ['samples of a packed batch', packed(STARTS, { samples: 3 }), UNSUPPORTED, 'samples … cuSeqlens'],
   [
     'kvLengths beyond a sequence',
     packed({ ...STARTS, key: Int32Array.of(0, 2, 10) }, { kvLengths: Int32Array.of(3, 1) }),

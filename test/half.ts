@@ -26,6 +26,25 @@ export function decodeHalf(type: HalfType, pattern: number): number {
   return sign * (1 + mantissa / 2 ** mantissaBits) * 2 ** (exponent - bias);
 }
 
+/** 2^exponent, exactly; looked up, since tests ask for millions. */
+const power = (exponent: number) => POWERS[exponent + POWERS_BELOW_1];
+const POWERS_BELOW_1 = 200;
+const POWERS = Float64Array.from(
+  { length: 2 * POWERS_BELOW_1 },
+  (_, i) => 2 ** (i - POWERS_BELOW_1),
+);
+
+const decoded: Partial<Record<HalfType, Float64Array>> = {};
+
+/** The numbers of many patterns: each of the 65536 is decoded once. */
+export function decodeHalves(type: HalfType, patterns: ArrayLike<number>): Float64Array {
+  decoded[type] ??= Float64Array.from({ length: 65536 }, (_, pattern) => decodeHalf(type, pattern));
+  const table = decoded[type];
+  const values = new Float64Array(patterns.length);
+  for (let i = 0; i < values.length; i++) values[i] = table[patterns[i]];
+  return values;
+}
+
 /** The pattern nearest to `x`, ties to even; any NaN gives one quiet NaN. */
 export function encodeHalf(type: HalfType, x: number): number {
   const { exponentBits, mantissaBits } = FORMATS[type];
@@ -36,12 +55,20 @@ export function encodeHalf(type: HalfType, x: number): number {
   const size = Math.abs(x);
   if (size === 0) return sign;
   if (size === Infinity) return sign | infinity;
+  if (size >= power(bias + 1)) return sign | infinity;
   let exponent = Math.max(Math.floor(Math.log2(size)), 1 - bias);
-  if (2 ** exponent > size) exponent = Math.max(exponent - 1, 1 - bias);
+  if (power(exponent) > size) exponent = Math.max(exponent - 1, 1 - bias);
   // Steps above zero at this exponent; a carry into the next exponent comes out right by addition.
-  const steps = roundToEven(size / 2 ** (exponent - mantissaBits));
-  const pattern = steps + (exponent - 1 + bias) * 2 ** mantissaBits;
+  const steps = roundToEven(size / power(exponent - mantissaBits));
+  const pattern = steps + (exponent - 1 + bias) * power(mantissaBits);
   return sign | Math.min(pattern, infinity);
+}
+
+/** The patterns of many numbers. */
+export function encodeHalves(type: HalfType, values: ArrayLike<number>): Uint16Array {
+  const patterns = new Uint16Array(values.length);
+  for (let i = 0; i < patterns.length; i++) patterns[i] = encodeHalf(type, values[i]);
+  return patterns;
 }
 
 /** `x` after storage as `type`. */

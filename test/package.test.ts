@@ -1,7 +1,9 @@
 // The built package as its users load it: import and require, and what it keeps in memory.
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import * as library from '../lib/index';
-import { runProgram } from './child';
+import { ROOT, runProgram } from './child';
 import { BACKENDS } from './harness';
 
 test('import and require give the same names, classes and state', async () => {
@@ -10,6 +12,16 @@ test('import and require give the same names, classes and state', async () => {
   expect(imported).toEqual(required);
   expect(sameTensor).toBe(true);
   expect(seed).toBe('11');
+});
+
+test('SECURITY.md has a review of each runtime dependency, in the version that is locked', () => {
+  const read = (name: string) => readFileSync(join(ROOT, name), 'utf8');
+  const { packages } = JSON.parse(read('package-lock.json'));
+  const shipped = Object.entries<{ dev?: boolean; optional?: boolean; version: string }>(packages)
+    .filter(([place, { dev }]) => place !== '' && !dev)
+    .map(([place, { version }]) => `${place.replace('node_modules/', '')} ${version}`);
+  const reviewed = [...read('SECURITY.md').matchAll(/^\| (\S+ \d+\.\d+\.\d+) \|/gm)];
+  expect(reviewed.map(([, name]) => name)).toEqual(shipped);
 });
 
 describe.each(BACKENDS)('%s, memory', (backend) => {

@@ -1,5 +1,6 @@
-// What `precision` promises: how far results may be from float64, that only AMX trades it, and that
-// AMX at `highest` is no further from float64 than AVX-512's float32 arithmetic.
+// What `precision` promises: how far results may be from float64, that only AMX trades it, that
+// AMX at `highest` is no further from float64 than AVX-512's float32 arithmetic, and that neither
+// gets further with the length.
 import { describe, expect, test } from 'vitest';
 import type { Precision } from '../lib/index';
 import { namedTensors, randomTensor, swapAxes } from './cases';
@@ -79,7 +80,10 @@ if (!BACKENDS.includes(AMX)) {
       const amx = errors(AMX, problem, exact);
       const fma = errors(FMA, problem, exact);
       for (const name of Object.keys(exact)) {
-        expect(amx[name], `${name}, relative L2`).toBeLessThanOrEqual(fma[name]);
+        // One in a hundred is chance: the last bits of a few thousand elements.
+        expect(amx[name], `${name}, relative L2`).toBeLessThanOrEqual(1.01 * fma[name]);
+        // Short sums of short sums: a single one over 4096 keys is off by 1.2e-6.
+        expect(fma[name], `${name}, relative L2`).toBeLessThan(name === 'output' ? 4e-7 : 6.5e-7);
       }
     });
 

@@ -195,3 +195,62 @@ describe.each(BACKENDS)('%s, rows without keys', (backend) => {
     if (outcome.gradAttnMask) expect(outcome.gradAttnMask.every((x) => x === 0)).toBe(true);
   });
 });
+
+describe.each(BACKENDS)('%s, scores of a size whose rounding is large', (backend) => {
+  // Padding by a finite bias leaves rows whose scores are all about -1e9: a score and its row's lse
+  // are then rounded by more than the scores differ, but weights are still at most 1.
+  test.each([-1e9, 1e9, -1e30])('a bias of about %d', (size) => {
+    const shape = [1, 1, 1, 49, 3, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 94, shape, options: {} });
+    const biases = base.query.data.slice(0, 49).map((x) => size * (1 + x / 8));
+    const call = representable({ ...base, options: { attnMask: { data: biases, dims: [49, 1] } } });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    expect(Math.max(...outcome.weights)).toBeLessThanOrEqual(1);
+    for (const name of ['gradQuery', 'gradKey', 'gradValue', 'gradAttnMask'] as const) {
+      expect(outcome[name]!.every(Number.isFinite), name).toBe(true);
+    }
+    const upstream = Array.from(call.gradOutput!.data).reduce((sum, x) => sum + Math.abs(x), 0);
+    expect(Math.max(...outcome.gradValue!.map(Math.abs))).toBeLessThanOrEqual(upstream);
+  });
+});
+
+describe.each(BACKENDS)('%s, the least float as a bias', (backend) => {
+  // As masks for padding have it: it hides a key beside others, and where it is all that a row has,
+  // the row is the average of its values.
+  test('hides keys, or counts them all alike', () => {
+    const shape = [1, 2, 2, 70, 80, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 96, shape, options: {} });
+    const least = -(2 ** 128 - 2 ** 104);
+    const biases = Array.from({ length: 70 * 80 }, (_, i) => {
+      const [row, key] = [Math.floor(i / 80), i % 80];
+      return row % 7 === 3 || key >= 50 ? least : 0;
+    });
+    const call = representable({
+      ...base,
+      options: { attnMask: { data: biases, dims: [70, 80] } },
+    });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    for (let d = 0; d < 16; d++) {
+      const values = Array.from({ length: 80 }, (_, key) => call.value.data[16 * key + d]);
+      const average = values.reduce((sum, x) => sum + x) / 80;
+      expect(outcome.output[3 * 16 + d]).toBeCloseTo(average, 6);
+    }
+  });
+});
+
+describe.each(BACKENDS)('%s, float16 numbers below its normal range', (backend) => {
+  // Rows of whole vectors, and rows with a rest; enough queries for AMX, which flushes what is
+  // below float32's range.
+  test.each([3, 16, 24])('are not lost: rows of %i', (width) => {
+    const shape = [1, 1, 1, 20, 20, width, width] as const;
+    const base = namedTensors({ name: '', seed: 95, shape, options: {} });
+    const small = (t: ReferenceTensor) => ({ ...t, data: Array.from(t.data, (x) => x * 2 ** -18) });
+    for (const name of ['query', 'key', 'value', 'gradOutput'] as const) {
+      const options = { scale: name === 'query' || name === 'key' ? 2 ** 17 : 1 };
+      const call = representable({ ...base, [name]: small(base[name]), options, type: 'float16' });
+      expectOutcome(call, run(runner(backend), call));
+    }
+  });
+});

@@ -83,6 +83,40 @@ export function buildWithCmake(
 }
 
 /**
+ * Builds a program of CMakeLists.txt with clang, AddressSanitizer and UndefinedBehaviorSanitizer,
+ * its kernels instrumented for libFuzzer, and gives its path. Without clang it ends the process.
+ * @param {string} target
+ */
+export function buildWithClang(target) {
+  const library = 'libclang_rt.fuzzer-x86_64.a';
+  const found = run('clang++', [`-print-file-name=${library}`]);
+  if (!found.ok || !existsSync(found.output.trim())) {
+    console.error('clang++ with libFuzzer is needed: apt-get install clang libclang-rt-dev');
+    process.exit(1);
+  }
+  const folder = path.join(root, 'build-fuzz');
+  const settings = ['SDPA_SANITIZE=fuzzer-no-link,address,undefined', 'CMAKE_CXX_COMPILER=clang++'];
+  const build = buildWithCmake(folder, settings, { target });
+  if (!build.ok) {
+    console.error(build.output);
+    process.exit(1);
+  }
+  return path.join(folder, 'build', target);
+}
+
+/**
+ * Writes what tools/ci-report.mjs reads of a report of vitest.
+ * @param {string} file
+ * @param {number} passed
+ * @param {number} failed
+ */
+export function writeCounts(file, passed, failed) {
+  mkdirSync(path.dirname(file), { recursive: true });
+  const counts = { numPassedTests: passed, numFailedTests: failed, numFailedTestSuites: 0 };
+  writeFileSync(file, JSON.stringify(counts));
+}
+
+/**
  * Builds <folder>/build/Release/node_sdpa.node with node-gyp; a folder other than the root gets a
  * copy of the sources, because node-gyp builds only beside binding.gyp.
  * @param {string} folder

@@ -53,6 +53,9 @@ export function checkBinaries(folder) {
     const foreign = libraries.filter((library) => !LIBRARIES[kind].test(library));
     if (libraries.length === 0) problems.push(`${name}: its libraries could not be read`);
     if (foreign.length > 0) problems.push(`${name} needs ${foreign.join(', ')}`);
+    if (kind === 'glibc' || kind === 'musl') {
+      problems.push(...weaknessesOf(file).map((weakness) => `${name}: ${weakness}`));
+    }
     const tooNew = newerThan(GLIBC_FLOOR, versions);
     if (tooNew.length > 0) problems.push(`${name} needs ${tooNew.join(', ')}`);
     const newest = versions.at(-1) ?? 'no versions';
@@ -130,6 +133,34 @@ export function requirementsOf(file, kind) {
     libraries: [...output.matchAll(library)].map(([, name]) => name.trim()),
     versions: [...new Set(versions.map(([, version]) => version))].sort(compareVersions),
   };
+}
+
+/**
+ * What an attacker could use in a binary for Linux: tables of addresses that can be written, memory
+ * that is both written and executed, buffers without a guard, other libraries' folders in the
+ * search, functions that others can call or replace.
+ * @param {string} file
+ */
+export function weaknessesOf(file) {
+  const env = { ...process.env, LC_ALL: 'C' };
+  const read = (/** @type {string} */ what) => run('readelf', [what, '-W', file], { env }).output;
+  const [segments, dynamic, symbols] = ['-l', '-d', '--dyn-syms'].map(read);
+  const exported = [...(symbols ?? '').matchAll(/(?:GLOBAL|WEAK) +DEFAULT +\d+ (\S+)$/gm)];
+  const foreign = exported
+    .map(([, name]) => name)
+    .filter((name) => !/^(napi|node_api)_/.test(name ?? ''));
+  /** @type {[string, boolean][]} */
+  const checks = [
+    ['no GNU_RELRO segment', !/GNU_RELRO/.test(segments ?? '')],
+    ['not bound when it loads (BIND_NOW)', !/BIND_NOW|Flags:.*\bNOW\b/.test(dynamic ?? '')],
+    ['an executable stack, or none stated', !/GNU_STACK.* RW +0x/.test(segments ?? '')],
+    ['a segment that is written and executed', /LOAD.* RWE /.test(segments ?? '')],
+    ['code that is changed while it loads (TEXTREL)', /TEXTREL/.test(dynamic ?? '')],
+    ['a search path for libraries of its own', /RPATH|RUNPATH/.test(dynamic ?? '')],
+    ['no guard of the stack', !/__stack_chk_fail/.test(symbols ?? '')],
+    [`exports ${foreign.join(', ')}`, foreign.length > 0],
+  ];
+  return checks.filter(([, isWeak]) => isWeak).map(([what]) => what);
 }
 
 /**

@@ -3,14 +3,18 @@ import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import path from 'node:path';
 import { root, run } from './build-native.mjs';
 
-/** Packs the checkout into out/package, and gives the tarball's path. */
-export function pack() {
-  const destination = path.join(root, 'out/package');
+/**
+ * Packs a checkout, and gives the tarball's path.
+ * @param {string} [source]
+ * @param {string} [destination] a folder; what it has is removed
+ */
+export function pack(source = root, destination = path.join(root, 'out/package')) {
   rmSync(destination, { recursive: true, force: true });
   mkdirSync(destination, { recursive: true });
   const npm = process.env.npm_execpath;
   const args = ['pack', '--ignore-scripts', '--pack-destination', destination];
-  const result = npm ? run(process.execPath, [npm, ...args]) : run('npm', args);
+  const options = { cwd: source };
+  const result = npm ? run(process.execPath, [npm, ...args], options) : run('npm', args, options);
   const [name] = readdirSync(destination);
   if (!result.ok || name === undefined) throw new Error(`npm pack failed:\n${result.output}`);
   return path.join(destination, name);

@@ -3,6 +3,7 @@
 // copy with types, the shipped binary computes, and the command line works.
 import assert from 'node:assert/strict';
 import {
+  cpSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
@@ -15,7 +16,7 @@ import {
 } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
-import { root, run } from './build-native.mjs';
+import { copyCheckout, root, run } from './build-native.mjs';
 import { pack } from './pack.mjs';
 
 /** The greatest size of the tarball, in bytes. */
@@ -23,8 +24,8 @@ const MOST_BYTES = 20_000_000;
 
 /** What lies in the package's folder. `binding.gyp` would make npm and pnpm compile on install. */
 const FILES = [
-  ...['ARCHITECTURE.md', 'CHANGELOG.md', 'CMakeLists.txt', 'LICENSE', 'README.md', 'bench', 'bin'],
-  ...['dist', 'native', 'package.json', 'prebuilds', 'tools'],
+  ...['ARCHITECTURE.md', 'CHANGELOG.md', 'CMakeLists.txt', 'LICENSE', 'README.md', 'SECURITY.md'],
+  ...['bench', 'bin', 'dist', 'native', 'package.json', 'prebuilds', 'tools'],
 ];
 const INSTALL_SCRIPTS = ['preinstall', 'install', 'postinstall', 'prepare', 'prepublish'];
 
@@ -51,6 +52,8 @@ const installed = path.join(user, 'node_modules/node-sdpa');
 try {
   const tarball = pack();
   checkSize(tarball);
+  checkReproducible(tarball);
+  checkMaterials();
   checkTypes(tarball);
   install(tarball);
   useAsLibrary();
@@ -65,6 +68,27 @@ function checkSize(tarball) {
   const { size } = statSync(tarball);
   assert(size <= MOST_BYTES, `${tarball} has ${size} bytes, more than ${MOST_BYTES}`);
   console.log(`${path.basename(tarball)} has ${size} bytes`);
+}
+
+/** The same tree, elsewhere and later, packs to the same bytes. @param {string} tarball */
+function checkReproducible(tarball) {
+  const copy = path.join(folder, 'copy');
+  copyCheckout(copy);
+  for (const name of ['dist', 'prebuilds']) {
+    cpSync(path.join(root, name), path.join(copy, name), { recursive: true }); // as of now
+  }
+  const again = pack(copy, path.join(folder, 'packed again'));
+  const [first, second] = [tarball, again].map((file) => readFileSync(file));
+  assert(first?.equals(/** @type {Buffer} */ (second)), 'two packs of one tree differ');
+  rmSync(copy, { recursive: true });
+}
+
+/** The bill of materials names what package.json does, and nothing else. */
+function checkMaterials() {
+  const { dependencies } = JSON.parse(readFileSync(path.join(root, 'package.json'), 'utf8'));
+  const bill = JSON.parse(npm(root, 'run', '--silent', 'sbom').replace(/^npm warn.*$/gm, ''));
+  const names = bill.components.map((/** @type {{name: string}} */ { name }) => name);
+  assert.deepEqual(names, Object.keys(dependencies));
 }
 
 /** publint and attw: the exports and types are right for every kind of import. @param {string} tarball */

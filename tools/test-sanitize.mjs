@@ -12,6 +12,9 @@ const LEFT_OUT = new Set([
   'binary.test.ts',
   'cpu-features.test.ts',
   'examples.test.ts',
+  path.join('hostile', 'machine.test.ts'),
+  path.join('hostile', 'processes.test.ts'),
+  'soak.test.ts',
   'package.test.ts',
   'reference.test.ts',
 ]);

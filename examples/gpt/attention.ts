@@ -30,6 +30,14 @@ export interface Attended {
   backward?(gradOutput: Floats): AttentionGradients;
 }
 
+/** What a layer asks attention for: all [rows, width], the heads of a row side by side. */
+export interface AttentionRequest {
+  readonly query: Floats;
+  readonly key: Floats;
+  readonly value: Floats;
+  readonly layer: number;
+}
+
 /**
  * Causal attention of one layer. The model is given one with each call, so that training,
  * evaluation and decoding from a cache differ in this and in nothing else.

@@ -145,35 +145,36 @@ export class Gelu {
 /** A row of a table for each token, plus a row for each position. */
 export class Embedding {
   #tokens: Int32Array | undefined;
-  #start = 0;
+  #positions: Int32Array | undefined;
 
   constructor(
     readonly tokens: Parameter, // [vocabulary, width]
     readonly positions: Parameter, // [longest text, width]
   ) {}
 
-  /** tokens [batch, length], at the positions from `start` on -> [batch, length, width] */
-  forward(tokens: Int32Array, length: number, start: number): Floats {
+  /** tokens [rows] and where each stands in its text -> [rows, width] */
+  forward(tokens: Int32Array, positions: Int32Array): Floats {
     const width = this.tokens.shape[1];
     const y = zeros(this.tokens.value, tokens.length * width);
     for (let i = 0; i < tokens.length; i++) {
       const token = tokens[i] * width;
-      const position = (start + (i % length)) * width;
+      const position = positions[i] * width;
       for (let j = 0; j < width; j++) {
         y[i * width + j] = this.tokens.value[token + j] + this.positions.value[position + j];
       }
     }
     this.#tokens = tokens;
-    this.#start = start;
+    this.#positions = positions;
     return y;
   }
 
-  backward(gradY: Floats, length: number): void {
+  backward(gradY: Floats): void {
     const tokens = kept(this.#tokens);
+    const positions = kept(this.#positions);
     const width = this.tokens.shape[1];
     for (let i = 0; i < tokens.length; i++) {
       const token = tokens[i] * width;
-      const position = (this.#start + (i % length)) * width;
+      const position = positions[i] * width;
       for (let j = 0; j < width; j++) {
         this.tokens.gradient[token + j] += gradY[i * width + j];
         this.positions.gradient[position + j] += gradY[i * width + j];

@@ -1,6 +1,6 @@
 // A small GPT: embedding, pre-norm blocks of causal multi-head attention and an MLP, and a linear
 // layer to the logits of the next token (Radford et al., GPT-2, 2019).
-import type { Attended, Attention } from './attention';
+import type { Attended, Attention, AttentionRequest } from './attention';
 import { Embedding, Gelu, kept, LayerNorm, Linear, type Parameter } from './layers';
 import { type Floats, zeros } from './matmul';
 import { type Random, standardNormal } from './random';
@@ -25,7 +25,6 @@ export class Gpt {
   readonly #blocks: Block[] = [];
   readonly #norm: LayerNorm;
   readonly #head: Linear;
-  #length = 0;
 
   /**
    * @param sizes - see {@link ModelSizes}
@@ -35,7 +34,7 @@ export class Gpt {
     readonly sizes: ModelSizes,
     precision: Floats = new Float32Array(0),
   ) {
-    const { layers, heads, width, length, vocabulary } = sizes;
+    const { layers, width, length, vocabulary } = sizes;
     const parameter = (name: string, ...shape: number[]): Parameter => {
       const count = shape.reduce((product, size) => product * size);
       const [value, gradient] = [zeros(precision, count), zeros(precision, count)];
@@ -58,7 +57,6 @@ export class Gpt {
         new Block(
           norm(`${name}.norm1`),
           new MultiHeadAttention(
-            heads,
             linear(`${name}.attention.query`, width, width),
             linear(`${name}.attention.key`, width, width),
             linear(`${name}.attention.value`, width, width),
@@ -101,12 +99,44 @@ export class Gpt {
    * @param start - the first token's position: more than 0 where `attention` remembers others
    */
   forward(tokens: Int32Array, batch: number, attention: Attention, start = 0): Floats {
+    const { heads, width } = this.sizes;
     const length = tokens.length / batch;
-    let x = this.#embedding.forward(tokens, length, start);
-    this.#blocks.forEach((block, layer) => {
-      x = block.forward(x, batch, attention, layer);
-    });
-    this.#length = length;
+    const shape = { batch, length, heads, headDim: width / heads };
+    const steps = this.#steps(
+      tokens,
+      tokens.map((_, i) => start + (i % length)),
+    );
+    let step = steps.next();
+    while (!step.done) {
+      const { query, key, value, layer } = step.value;
+      step = steps.next(attention(query, key, value, shape, layer));
+    }
+    return step.value;
+  }
+
+  /**
+   * As `forward`, for tokens of any texts side by side and an attention that works beside the event
+   * loop. A row of the logits has the same bits with any other rows beside it, if attention does.
+   * @param tokens - [rows]
+   * @param positions - [rows]: where each token stands in its text
+   * @param attention - gives the output [rows, width] of each request
+   * @returns logits [rows, vocabulary]
+   */
+  async forwardRows(
+    tokens: Int32Array,
+    positions: Int32Array,
+    attention: (request: AttentionRequest) => Promise<Floats>,
+  ): Promise<Floats> {
+    const steps = this.#steps(tokens, positions);
+    let step = steps.next();
+    while (!step.done) step = steps.next({ output: await attention(step.value) });
+    return step.value;
+  }
+
+  /** All of the model but attention, which is asked for and waited for. */
+  *#steps(tokens: Int32Array, positions: Int32Array): Steps {
+    let x = this.#embedding.forward(tokens, positions);
+    for (const [layer, block] of this.#blocks.entries()) x = yield* block.forward(x, layer);
     return this.#head.forward(this.#norm.forward(x));
   }
 
@@ -114,9 +144,12 @@ export class Gpt {
   backward(gradLogits: Floats): void {
     let grad = this.#norm.backward(this.#head.backward(gradLogits));
     for (let i = this.#blocks.length - 1; i >= 0; i--) grad = this.#blocks[i].backward(grad);
-    this.#embedding.backward(grad, this.#length);
+    this.#embedding.backward(grad);
   }
 }
+
+/** Yields what attention is to compute, is given its result, and returns its own. */
+type Steps = Generator<AttentionRequest, Floats, Attended>;
 
 /** x + attention(norm(x)), then x + mlp(norm(x)). */
 class Block {
@@ -130,8 +163,8 @@ class Block {
     readonly down: Linear,
   ) {}
 
-  forward(x: Floats, batch: number, attention: Attention, layer: number): Floats {
-    const attended = this.attention.forward(this.norm1.forward(x), batch, attention, layer);
+  *forward(x: Floats, layer: number): Steps {
+    const attended = yield* this.attention.forward(this.norm1.forward(x), layer);
     const middle = add(x, attended);
     const hidden = this.#gelu.forward(this.up.forward(this.norm2.forward(middle)));
     return add(middle, this.down.forward(hidden));
@@ -149,23 +182,15 @@ class MultiHeadAttention {
   #attended: Attended | undefined;
 
   constructor(
-    readonly heads: number,
     readonly query: Linear,
     readonly key: Linear,
     readonly value: Linear,
     readonly output: Linear,
   ) {}
 
-  forward(x: Floats, batch: number, attention: Attention, layer: number): Floats {
-    const width = this.query.weight.shape[0];
-    const shape = {
-      batch,
-      length: x.length / width / batch,
-      heads: this.heads,
-      headDim: width / this.heads,
-    };
+  *forward(x: Floats, layer: number): Steps {
     const [query, key, value] = [this.query, this.key, this.value].map((l) => l.forward(x));
-    this.#attended = attention(query, key, value, shape, layer);
+    this.#attended = yield { query, key, value, layer };
     return this.output.forward(this.#attended.output);
   }
 

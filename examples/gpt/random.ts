@@ -1,18 +1,20 @@
 // Random numbers for weights, batches and sampling, by pure-rand; dropout has node-sdpa's own.
 import { uniformFloat64 } from 'pure-rand/distribution/uniformFloat64';
 import { uniformInt } from 'pure-rand/distribution/uniformInt';
-import { xoroshiro128plus, xoroshiro128plusFromState } from 'pure-rand/generator/xoroshiro128plus';
+import { xoroshiro128plusFromState } from 'pure-rand/generator/xoroshiro128plus';
 import type { JumpableRandomGenerator } from 'pure-rand/types/JumpableRandomGenerator';
 
 export type Random = JumpableRandomGenerator;
 
 /**
  * Independent streams of a seed: each is 2^64 numbers away from the one before.
- * @param seed - a 32-bit integer
+ * @param seed - 0 to 2^64 - 1; below 2^32 the state is that of pure-rand's own seeds
  * @param count - how many streams
  */
-export function randomStreams(seed: number, count: number): Random[] {
-  const source = xoroshiro128plus(seed);
+export function randomStreams(seed: number | bigint, count: number): Random[] {
+  const low = Number(BigInt.asIntN(32, BigInt(seed)));
+  const high = Number(BigInt.asIntN(32, BigInt(seed) >> 32n));
+  const source = xoroshiro128plusFromState([~high, ~low, low, high]);
   return Array.from({ length: count }, () => {
     source.jump();
     return source.clone();

@@ -6,6 +6,8 @@ import { type Random, uniform } from './random';
 export interface Taste {
   /** Below 1 prefers likely characters, above 1 unlikely ones; 0 takes the likeliest */
   readonly temperature: number;
+  /** Only so many of the likeliest, and what is as likely as the last of them. Default: all */
+  readonly topK?: number;
   readonly random: Random;
 }
 
@@ -55,11 +57,13 @@ export class Decoder {
 }
 
 /** A token by its probability. */
-export function choose(logits: Float32Array, { temperature, random }: Taste): number {
+export function choose(logits: Float32Array, { temperature, topK, random }: Taste): number {
   const largest = logits.reduce((best, logit, i) => (logit > logits[best] ? i : best), 0);
   if (temperature === 0) return largest;
+  const least =
+    topK && topK < logits.length ? logits.slice().sort()[logits.length - topK] : -Infinity;
   const powers = Float64Array.from(logits, (logit) =>
-    Math.exp((logit - logits[largest]) / temperature),
+    logit < least ? 0 : Math.exp((logit - logits[largest]) / temperature),
   );
   let left = uniform(random) * powers.reduce((sum, power) => sum + power);
   for (let i = 0; i < powers.length; i++) {

@@ -1,210 +1,72 @@
 // Node-API and nothing else: JavaScript arguments -> Problem + pointers -> Status -> JavaScript.
-//
-// lib/problem.ts has checked everything a user can get wrong. The same facts are checked once more
-// here, because memory safety must not depend on JavaScript; a failure is reported as internal.
+// The arguments themselves are checked in flat_call.h.
 #include <napi.h>
 
-#include <cmath>
+#include <array>
 #include <condition_variable>
-#include <limits>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "addon/callback.h"
 #include "addon/device_memory.h"
-#include "addon/errors.h"
+#include "addon/flat_call.h"
 #include "addon/huge_pages.h"
-#include "backends.h"
 #include "core/keep_mask.h"
-#include "cpu/sequences.h"
+#include "core/queue.h"
 #include "cpu/thread_pool.h"
 
 namespace sdpa {
 namespace {
 
-constexpr size_t kFieldCount = 0
-#define SDPA_COUNT_FIELD(type, name) +1
-    SDPA_PROBLEM_FIELDS(SDPA_COUNT_FIELD)
-#undef SDPA_COUNT_FIELD
-    ;
+// ------------------------------------------------------------------------------------- arguments
 
-// ---------------------------------------------------------------------------------- the header
-
-template <typename T>
-constexpr double largest() {
-  return double(std::numeric_limits<T>::max());
-}
-template <>
-constexpr double largest<Layout>() {
-  return double(Layout::bshd);
-}
-template <>
-constexpr double largest<Type>() {
-  return double(Type::bfloat16);
-}
-template <>
-constexpr double largest<MaskType>() {
-  return double(MaskType::bfloat16);
-}
-template <>
-constexpr double largest<Placement>() {
-  return double(Placement::scores);
-}
-template <>
-constexpr double largest<Precision>() {
-  return double(Precision::medium);
+ArrayKind kind_of(napi_typedarray_type type) {
+  switch (type) {
+    case napi_uint8_array:
+      return ArrayKind::uint8;
+    case napi_uint16_array:
+      return ArrayKind::uint16;
+    case napi_int32_array:
+      return ArrayKind::int32;
+    case napi_float32_array:
+      return ArrayKind::float32;
+    case napi_float64_array:
+      return ArrayKind::float64;
+    default:
+      return ArrayKind::other;
+  }
 }
 
-template <typename T>
-bool read_field(double from, T& to) {
-  const double smallest = std::is_same_v<T, int32_t> ? -2147483648.0 : 0.0;
-  if (!(from >= smallest && from <= largest<T>()) || from != std::floor(from)) return false;
-  to = T(int64_t(from));
-  return true;
-}
-template <>
-bool read_field(double from, float& to) {
-  to = float(from);
-  return true;
-}
-template <>
-bool read_field(double from, double& to) {
-  to = from;
-  return true;
-}
+using SharedDeviceMemory = std::shared_ptr<DeviceMemory>;
 
-bool is_one_or(uint32_t size, uint32_t full) { return size == 1 || size == full; }
-
-/// The facts that kernels rely on for memory safety and termination.
-bool is_sound(const Problem& p) {
-  const uint32_t most = 0x7fffffff;
-  const bool sizes = p.batch > 0 && p.query_heads > 0 && p.kv_heads > 0 && p.query_length > 0 &&
-                     p.key_length > 0 && p.head_dim > 0 && p.value_dim > 0 && p.batch <= most &&
-                     p.query_heads <= most && p.query_length <= most && p.key_length <= most &&
-                     p.head_dim <= kMaxHeadDim && p.value_dim <= kMaxHeadDim && p.samples <= most &&
-                     p.query_heads % p.kv_heads == 0;
-  const bool mask =
-      p.mask_type == MaskType::none ||
-      (is_one_or(p.mask_batch, p.batch) && is_one_or(p.mask_heads, p.query_heads) &&
-       is_one_or(p.mask_queries, p.query_length) && is_one_or(p.mask_keys, p.key_length));
-  const bool keys = p.key_block_length == 0
-                        ? p.key_type == p.type
-                        : p.key_block_length % kKeyBlockUnit == 0 && p.key_block_length <= most;
-  return sizes && mask && keys && p.dropout_p >= 0 && p.dropout_p <= 1 && p.window_left >= -1 &&
-         p.window_right >= -1;
-}
-
-Problem read_problem(Napi::Env env, napi_value header) {
+/// A typed array, or memory of a GPU; that lives as long as `held`, whatever JavaScript does.
+Array array_of(Napi::Env env, napi_value value, SharedDeviceMemory* held = nullptr) {
+  Array array;
   napi_typedarray_type type;
-  size_t length;
-  void* data;
-  if (napi_get_typedarray_info(env, header, &type, &length, &data, nullptr, nullptr) != napi_ok ||
-      type != napi_float64_array || length != kFieldCount) {
-    fail(env, "header: not a Float64Array of one number a field");
+  if (napi_get_typedarray_info(env, value, &type, &array.length, &array.data, nullptr, nullptr) ==
+      napi_ok) {
+    array.kind = kind_of(type);
+    return array;
   }
-  const double* next = static_cast<const double*>(data);
-  Problem p;
-#define SDPA_READ_FIELD(type, name) \
-  if (!read_field(*next++, p.name)) fail(env, "header: bad value of " #name);
-  SDPA_PROBLEM_FIELDS(SDPA_READ_FIELD)
-#undef SDPA_READ_FIELD
-  if (!is_sound(p)) fail(env, "header: inconsistent problem");
-  return p;
+  napi_valuetype kind;
+  napi_typeof(env, value, &kind);
+  if (kind == napi_null) return array;
+  array.kind = ArrayKind::other;
+  if (!held || !(*held = device_memory_of(env, value))) return array;
+  return {ArrayKind::device, (*held)->data(), (*held)->bytes(), (*held)->device()};
 }
 
-// ---------------------------------------------------------------------------------- the arrays
-
-napi_typedarray_type array_type(Type type) {
-  return type == Type::float32 ? napi_float32_array : napi_uint16_array;
-}
-
-size_t element_bytes(napi_typedarray_type type) {
-  return type == napi_uint8_array ? 1 : type == napi_uint16_array ? 2 : 4;
-}
-
-napi_typedarray_type array_type(MaskType type) {
-  return type == MaskType::boolean   ? napi_uint8_array
-         : type == MaskType::float32 ? napi_float32_array
-                                     : napi_uint16_array;
-}
-
-/// Reads the arrays of a call in order, checking kind and length: typed arrays or, for tensors,
-/// memory of a GPU.
-class ArrayReader {
- public:
-  ArrayReader(Napi::Env env, const napi_value* values) : env_(env), next_(values) {}
-
-  /// What was read: the typed arrays, and the memory of GPUs.
-  std::vector<cuda::HostArray> host_arrays;
-  std::vector<std::shared_ptr<DeviceMemory>> device_arrays;
-
-  Napi::Env env() const { return env_; }
-
-  /// How many times `of` the length of the next array, a typed one, is; 0 where that is no whole
-  /// number.
-  uint64_t peek_count(uint64_t of) const {
-    size_t length = 0;
-    const napi_status status =
-        napi_get_typedarray_info(env_, *next_, nullptr, &length, nullptr, nullptr, nullptr);
-    return status == napi_ok && of != 0 && length % of == 0 ? length / of : 0;
-  }
-
-  /// The elements of a tensor [a, b, c, d]; null where the argument is null and may be.
-  void* tensor(napi_typedarray_type type, bool optional, uint64_t a, uint64_t b = 1, uint64_t c = 1,
-               uint64_t d = 1) {
-    const napi_value value = *next_++;
-    if (optional && is_null(value)) return nullptr;
-    napi_typedarray_type actual = type;
-    size_t length = 0;
-    void* data = nullptr;
-    const bool is_tensor = type != napi_int32_array;  // those are read here, in host memory
-    if (napi_get_typedarray_info(env_, value, &actual, &length, &data, nullptr, nullptr) ==
-        napi_ok) {
-      if (is_tensor) host_arrays.push_back({data, length * element_bytes(type)});
-    } else if (is_tensor) {
-      if (const std::shared_ptr<DeviceMemory> memory = device_memory_of(env_, value)) {
-        length = memory->bytes / element_bytes(type);
-        data = memory->data;
-        device_arrays.push_back(memory);
-      }
-    }
-    if (actual != type || !is_product(length, a, b, c, d)) {
-      fail(env_, "a tensor does not have the kind or length that the header states");
-    }
-    return data;
-  }
-
- private:
-  bool is_null(napi_value value) {
-    napi_valuetype kind;
-    napi_typeof(env_, value, &kind);
-    return kind == napi_null;
-  }
-
-  /// Whether length == a * b * c * d, by division: the product may overflow.
-  static bool is_product(uint64_t length, uint64_t a, uint64_t b, uint64_t c, uint64_t d) {
-    for (const uint64_t factor : {a, b, c}) {
-      if (factor == 0 || length % factor != 0) return false;
-      length /= factor;
-    }
-    return length == d;
-  }
-
-  Napi::Env env_;
-  const napi_value* next_;
-};
-
-/// Batch and length of a tensor with a row for each query or key; a packed batch is all length.
-struct Extent {
-  uint64_t batch, length;
-};
+/// Arguments of a call: header, index of the backend, arrays.
+constexpr size_t kCallArguments = 2 + kArrayCount;
 
 /// Something to compute, with all that it points to.
 struct Work {
   virtual ~Work() = default;
   virtual Status run(const CancelToken& cancel) const = 0;
-  /// The GPU that does it, or -1.
+  /// The GPU that does it, or kNoDevice.
   virtual int device() const = 0;
   /// Over sooner than another thread wakes up for it.
   virtual bool is_short() const { return false; }
@@ -213,255 +75,86 @@ struct Work {
 /// Multiply-adds below which a call on the CPU is short: some microseconds.
 constexpr double kNotWorthAThread = 5e4;
 
-/// A call with all that it points to. Per-batch integers are copied, since kernels use them as
-/// bounds and shared memory may change under us.
-struct CallArguments final : Work {
-  Problem problem;
-  const Backend* backend = nullptr;  // of the CPU, or null
-  int gpu = -1;
-  Inputs inputs{};
-  ForwardOutputs outputs{};
-  BackwardTensors tensors{};
-  bool is_backward;
-  Sequences sequences;
-  uint64_t block_count = 0;  // of a cache
-  std::vector<int32_t> query_starts, key_starts, key_blocks, causal_offsets, kv_lengths;
-  std::vector<cuda::HostArray> host_arrays;
-  std::vector<std::shared_ptr<DeviceMemory>> device_arrays;
+/// An attention call.
+class CallWork final : public Work {
+ public:
+  CallWork(Napi::Env env, const napi_value* values, bool is_backward)
+      : call_(read(env, values, is_backward)) {}
 
-  CallArguments(Napi::Env env, const napi_value* values, bool is_backward)
-      : problem(read_problem(env, values[0])), is_backward(is_backward) {
-    read_backend(env, values[1]);
-    ArrayReader reader(env, values + 2);
-    read_sequences(env, reader);
-    if (problem.samples > 0 && (is_backward || sequences.any())) {
-      fail(env, "header: samples are of an ordinary forward call");
-    }
-    read_inputs(env, reader);
-    if (is_backward) {
-      read_backward(reader);
-    } else {
-      read_forward(env, reader);
-    }
-    host_arrays.swap(reader.host_arrays);
-    device_arrays.swap(reader.device_arrays);
-    check_places(env);
-  }
-
-  CallArguments(const CallArguments&) = delete;
-
-  int device() const override { return gpu; }
-  bool is_short() const override { return gpu < 0 && multiply_adds(problem) <= kNotWorthAThread; }
-
-  Status run(const CancelToken& cancel) const override {
-    if (gpu >= 0) return run_on_gpu(cancel);
-    if (sequences.any()) {
-      return is_backward ? backward_sequences(*backend, sequences, problem, inputs, tensors, cancel)
-                         : forward_sequences(*backend, sequences, problem, inputs, outputs, cancel);
-    }
-    return is_backward ? backend->backward(problem, inputs, tensors, cancel)
-                       : backend->forward(problem, inputs, outputs, cancel);
+  Status run(const CancelToken& cancel) const override { return call_.run(cancel); }
+  int device() const override { return call_.device; }
+  bool is_short() const override {
+    return call_.device == kNoDevice && multiply_adds(call_.problem) <= kNotWorthAThread;
   }
 
  private:
-  Status run_on_gpu(const CancelToken& cancel) const {
-    const cuda::Plugin& plugin = *cuda_plugin().functions;
-    const cuda::Call call = {gpu,    !device_arrays.empty(), problem,           sequences,
-                             inputs, host_arrays.data(),     host_arrays.size()};
-    return is_backward ? plugin.backward(call, tensors, cancel)
-                       : plugin.forward(call, outputs, cancel);
+  FlatCall read(Napi::Env env, const napi_value* values, bool is_backward) {
+    uint32_t backend;
+    if (napi_get_value_uint32(env, values[1], &backend) != napi_ok) backend = UINT32_MAX;
+    std::array<Array, kArrayCount> arrays;
+    for (size_t i = 0; i < kArrayCount; ++i) arrays[i] = array_of(env, values[2 + i], &held_[i]);
+    return FlatCall(array_of(env, values[0]), backend, arrays.data(), is_backward, cuda_plugin());
   }
 
-  /// An index into the list of CPU backends, or of GPUs behind it.
-  void read_backend(Napi::Env env, napi_value value) {
-    uint32_t index;
-    const size_t gpus = size_t(cuda_plugin().device_count);
-    if (napi_get_value_uint32(env, value, &index) != napi_ok || index >= kBackendCount + gpus) {
-      fail(env, "backend: not an index into the list");
-    }
-    if (index >= kBackendCount) {
-      gpu = int(index - kBackendCount);
-      return;
-    }
-    backend = kBackends[index];
-    if (const char* reason = backend->unavailable_reason()) {
-      throw make_error(env, {StatusCode::unavailable, reason});
-    }
-  }
-
-  /// Tensors are all in host memory, or all in that of the GPU that computes.
-  void check_places(Napi::Env env) const {
-    for (const auto& memory : device_arrays) {
-      if (memory->device != gpu) fail(env, "a tensor is on another device");
-    }
-    if (!device_arrays.empty() && !host_arrays.empty()) fail(env, "tensors at several places");
-  }
-
-  Extent queries() const {
-    if (!query_starts.empty()) return {1, uint64_t(query_starts.back())};
-    return {problem.batch, problem.query_length};
-  }
-  /// In a cache, a block is an entry of its own.
-  Extent keys() const {
-    if (!key_blocks.empty()) return {block_count, problem.key_block_length};
-    if (!key_starts.empty()) return {1, uint64_t(key_starts.back())};
-    return {problem.batch, problem.key_length};
-  }
-
-  /// The entries of a packed batch, or of a cache.
-  void read_sequences(Napi::Env env, ArrayReader& reader) {
-    const size_t totals = size_t{problem.batch} + 1;
-    sequences.query_starts = copy_integers(reader, totals, query_starts);
-    sequences.key_starts = copy_integers(reader, totals, key_starts);
-    sequences.table_width = reader.peek_count(problem.batch);
-    sequences.key_blocks = copy_integers(reader, problem.batch * sequences.table_width, key_blocks);
-    const bool is_packed = !query_starts.empty(), is_cache = !key_blocks.empty();
-    if (is_packed == key_starts.empty()) fail(env, "starts: one without the other");
-    if (is_cache != (problem.key_block_length > 0) || (is_cache && (is_packed || is_backward))) {
-      fail(env, "keyBlocks: not those of a cache");
-    }
-    if (!sequences.any()) return;
-    if (problem.mask_type != MaskType::none) fail(env, "sequences have no mask");
-    if (!is_packed) return;
-    if (!are_totals(query_starts, problem.query_length) ||
-        !are_totals(key_starts, problem.key_length)) {
-      fail(env, "starts: not the running totals of the stated lengths");
-    }
-    if (problem.layout != Layout::bshd) fail(env, "a packed batch is in the layout bshd");
-  }
-
-  /// Every key that an entry has must be in a block that there is.
-  void check_blocks(Napi::Env env) const {
-    if (key_blocks.empty()) return;
-    if (kv_lengths.empty()) fail(env, "kvLengths: a cache has them");
-    for (const int32_t block : key_blocks) {
-      if (block < 0 || uint64_t(block) >= block_count) fail(env, "keyBlocks: out of range");
-    }
-    const uint64_t most = sequences.table_width * uint64_t{problem.key_block_length};
-    for (const int32_t length : kv_lengths) {
-      if (uint64_t(length) > most) fail(env, "keyBlocks: too few");
-    }
-  }
-
-  static bool are_totals(const std::vector<int32_t>& starts, uint32_t most) {
-    if (starts[0] != 0) return false;
-    for (size_t b = 1; b < starts.size(); ++b) {
-      if (starts[b] < starts[b - 1] || uint32_t(starts[b] - starts[b - 1]) > most) return false;
-    }
-    return true;
-  }
-
-  void read_inputs(Napi::Env env, ArrayReader& reader) {
-    const Problem& p = problem;
-    const napi_typedarray_type type = array_type(p.type);
-    const napi_typedarray_type key_type = array_type(p.key_type);
-    const Extent q = queries();
-    inputs.query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
-    if (!key_blocks.empty()) {
-      block_count = reader.peek_count(uint64_t{p.kv_heads} * p.key_block_length * p.head_dim);
-    }
-    const Extent k = keys();
-    inputs.key = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.head_dim);
-    inputs.value = reader.tensor(key_type, false, k.batch, p.kv_heads, k.length, p.value_dim);
-    inputs.mask = reader.tensor(array_type(p.mask_type), p.mask_type == MaskType::none,
-                                p.mask_batch, p.mask_heads, p.mask_queries, p.mask_keys);
-    const bool context = p.dropout_placement == Placement::context;
-    inputs.keep_mask =
-        static_cast<uint8_t*>(reader.tensor(napi_uint8_array, true, p.batch, p.query_heads,
-                                            p.query_length, context ? p.value_dim : p.key_length));
-    if (sequences.any() && inputs.keep_mask) fail(env, "keepMask: none for sequences");
-    inputs.causal_offsets = copy_integers(reader, p.batch, causal_offsets);
-    inputs.kv_lengths = copy_integers(reader, p.batch, kv_lengths);
-    for (size_t b = 0; b < kv_lengths.size(); ++b) {
-      const int32_t most =
-          key_starts.empty() ? int32_t(p.key_length) : key_starts[b + 1] - key_starts[b];
-      if (kv_lengths[b] < 0 || kv_lengths[b] > most) fail(env, "kvLengths: out of range");
-    }
-    check_blocks(env);
-  }
-
-  const int32_t* copy_integers(ArrayReader& reader, size_t count, std::vector<int32_t>& to) {
-    const auto* const from =
-        static_cast<const int32_t*>(reader.tensor(napi_int32_array, true, count));
-    if (!from) return nullptr;
-    to.assign(from, from + count);
-    return to.data();
-  }
-
-  void read_forward(Napi::Env env, ArrayReader& reader) {
-    const Problem& p = problem;
-    const bool has_samples = p.samples > 0;
-    const bool shares_lse = p.dropout_placement != Placement::scores;
-    const auto floats = [&](uint32_t width) {
-      return static_cast<float*>(
-          reader.tensor(napi_float32_array, true, p.batch, p.query_heads, p.query_length, width));
-    };
-    const Extent q = queries();
-    outputs.output =
-        reader.tensor(array_type(p.type), has_samples, q.batch * (has_samples ? p.samples : 1),
-                      p.query_heads, q.length, p.value_dim);
-    outputs.lse = static_cast<float*>(reader.tensor(
-        napi_float32_array, true, q.batch * (has_samples && !shares_lse ? p.samples : 1),
-        p.query_heads, q.length));
-    outputs.scores = floats(p.key_length);
-    outputs.weights = floats(p.key_length);
-    outputs.dropped_weights = floats(p.key_length);
-    outputs.mean = floats(p.value_dim);
-    outputs.variance = floats(p.value_dim);
-    const bool has_matrix = outputs.scores || outputs.weights || outputs.dropped_weights;
-    const bool has_moments = outputs.mean && outputs.variance;
-    if ((outputs.mean || outputs.variance) != has_moments ||
-        (outputs.output != nullptr) == has_moments || (has_moments && !has_samples) ||
-        (has_matrix && (has_samples || sequences.any()))) {
-      fail(env, "outputs that do not go together");
-    }
-  }
-
-  void read_backward(ArrayReader& reader) {
-    const Problem& p = problem;
-    const napi_typedarray_type type = array_type(p.type);
-    const Extent q = queries(), k = keys();
-    const auto like_output = [&] {
-      return reader.tensor(type, false, q.batch, p.query_heads, q.length, p.value_dim);
-    };
-    tensors.output = like_output();
-    tensors.lse = static_cast<float*>(
-        reader.tensor(napi_float32_array, false, q.batch, p.query_heads, q.length));
-    tensors.grad_output = like_output();
-    tensors.grad_query = reader.tensor(type, false, q.batch, p.query_heads, q.length, p.head_dim);
-    tensors.grad_key = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.head_dim);
-    tensors.grad_value = reader.tensor(type, false, k.batch, p.kv_heads, k.length, p.value_dim);
-    const bool has_bias = p.mask_type != MaskType::none && p.mask_type != MaskType::boolean;
-    tensors.grad_mask = has_bias ? reader.tensor(array_type(p.mask_type), true, p.mask_batch,
-                                                 p.mask_heads, p.mask_queries, p.mask_keys)
-                                 : nullptr;
-  }
+  std::array<SharedDeviceMemory, kArrayCount> held_;
+  const FlatCall call_;
 };
 
-constexpr size_t kForwardArguments = 19, kBackwardArguments = 19;
+/// A typed array and memory of a GPU, or two of the latter: one is copied to the other.
+class CopyWork final : public Work {
+ public:
+  CopyWork(Napi::Env env, const napi_value* values) {
+    const Array from = array_of(env, values[0], &from_), to = array_of(env, values[1], &to_);
+    const size_t bytes = bytes_of(to);
+    if (bytes_of(from) != bytes || (!from_ && !to_)) refuse("copy: not of one size");
+    copy_ = {from.device, to.device, from.data, to.data, bytes};
+  }
+
+  Status run(const CancelToken& cancel) const override {
+    return cuda_plugin().functions->copy(copy_, cancel);
+  }
+  int device() const override { return to_ ? to_->device() : from_->device(); }
+
+ private:
+  static size_t bytes_of(const Array& array) {
+    if (array.kind == ArrayKind::none || array.kind == ArrayKind::other) {
+      refuse("copy: neither an array nor memory of a GPU");
+    }
+    return array.length * element_size(array.kind);
+  }
+
+  SharedDeviceMemory from_, to_;
+  cuda::Copy copy_{};
+};
+
+static_assert(cuda::Copy::kHost == kNoDevice, "an array in host memory is on no device");
 
 // ------------------------------------------------------------------------------ asynchronous calls
 
 class Environment;
 
+ThreadPool& pool_of(int device) {
+  return device == kNoDevice ? ThreadPool::shared() : ThreadPool::of_device(device);
+}
+
 /// One asynchronous call, from its start on the JavaScript thread to its promise's end there.
 struct AsyncCall final : Job {
   Environment& environment;
   const std::unique_ptr<const Work> work;
+  ThreadPool& pool;
   CancelToken cancel;
   Status status;
   Napi::Promise::Deferred deferred;
   Napi::ObjectReference arrays;  // keeps the typed arrays alive
+  AsyncCall* next = nullptr;     // the environment's
 
   AsyncCall(Environment& environment, Napi::Env env, std::unique_ptr<const Work> work,
             const std::atomic<int32_t>* external)
       : environment(environment),
         work(std::move(work)),
+        pool(pool_of(this->work->device())),
         cancel(external),
         deferred(Napi::Promise::Deferred::New(env)) {}
-  ThreadPool& pool() const {
-    return work->device() < 0 ? ThreadPool::shared() : ThreadPool::of_device(work->device());
-  }
   void compute();
   void run() override;
 };
@@ -494,16 +187,16 @@ class Environment {
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      running_.push_back(call);
+      running_.push(call);
     }
-    const Status status = call->pool().submit(call);
+    const Status status = call->pool.submit(call);
     if (status.ok()) {
       if (pending_++ == 0) finished_signal_.Ref(env);
       return promise;
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      forget(call);
+      running_.remove(call);
     }
     call->status = status;
     settle(env, call);
@@ -513,22 +206,15 @@ class Environment {
   /// Called by a pool thread.
   void finish(AsyncCall* call) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    forget(call);
-    finished_.push_back(call);
-    if (!closing_ && finished_.size() == 1) finished_signal_.NonBlockingCall();
+    const bool is_first = finished_.empty();
+    running_.remove(call);
+    finished_.push(call);
+    if (!closing_ && is_first) finished_signal_.NonBlockingCall();
     none_running_.notify_all();
   }
 
  private:
   using Signal = Napi::TypedThreadSafeFunction<Environment, void, drain>;
-
-  void forget(AsyncCall* call) {
-    for (AsyncCall*& running : running_) {
-      if (running != call) continue;
-      running = running_.back();
-      return running_.pop_back();
-    }
-  }
 
   static void settle(Napi::Env env, AsyncCall* call) {
     if (call->status.ok()) {
@@ -540,36 +226,43 @@ class Environment {
   }
 
   void settle_finished(Napi::Env env) {
-    std::vector<AsyncCall*> finished;
+    AsyncCall* next;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      finished.swap(finished_);
+      next = finished_.take_all();
     }
     const Napi::HandleScope scope(env);
-    for (AsyncCall* const call : finished) settle(env, call);
-    pending_ -= finished.size();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      settle(env, call);
+      --pending_;
+    }
     if (pending_ == 0) finished_signal_.Unref(env);
   }
 
   void close() {
     std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
-    const std::vector<AsyncCall*> running = running_;
-    for (AsyncCall* const call : running) {
+    AsyncCall* next = running_.first();
+    while (AsyncCall* const call = next) {
+      next = call->next;
       call->cancel.cancel();
-      if (!call->pool().withdraw(call)) continue;
-      forget(call);
-      finished_.push_back(call);
+      if (!call->pool.withdraw(call)) continue;
+      running_.remove(call);
+      finished_.push(call);
     }
     none_running_.wait(lock, [this] { return running_.empty(); });
-    for (AsyncCall* const call : finished_) delete call;
-    finished_.clear();
+    next = finished_.take_all();
+    while (AsyncCall* const call = next) {
+      next = call->next;
+      delete call;
+    }
   }
 
   Signal finished_signal_;
   std::mutex mutex_;
   std::condition_variable none_running_;
-  std::vector<AsyncCall*> running_, finished_;
+  Queue<AsyncCall, &AsyncCall::next> running_, finished_;
   size_t pending_ = 0;  // promises that are not settled; JavaScript thread only
   bool closing_ = false;
 };
@@ -590,153 +283,108 @@ void AsyncCall::run() {
 
 // ------------------------------------------------------------------------------------- functions
 
-/// Fills `values` with exactly `count` arguments.
-void take_arguments(const Napi::CallbackInfo& info, size_t count, napi_value* values) {
-  if (info.Length() != count) fail(info.Env(), "wrong number of arguments");
-  for (size_t i = 0; i < count; ++i) values[i] = info[i];
+void run_at_once(const Work& work) {
+  const Status status = work.run(CancelToken());
+  if (!status.ok()) throw status;
 }
 
-template <bool IsBackward>
-Napi::Value run_sync(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments];
-  take_arguments(info, IsBackward ? kBackwardArguments : kForwardArguments, values);
-  try {
-    const CallArguments arguments(info.Env(), values, IsBackward);
-    const Status status = arguments.run(CancelToken());
-    if (!status.ok()) throw make_error(info.Env(), status);
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
-  return info.Env().Undefined();
-}
-
-/// The first argument of an asynchronous function: one element that JavaScript sets, or null.
-const std::atomic<int32_t>* read_cancel(Napi::Env env, const napi_value* values) {
-  return static_cast<const std::atomic<int32_t>*>(
-      ArrayReader(env, values).tensor(napi_int32_array, true, 1));
-}
-
-Napi::Promise start_async(Napi::Env env, const napi_value* values, size_t count,
-                          const std::atomic<int32_t>* cancel, std::unique_ptr<const Work> work) {
+/// `values`: the arguments, whose arrays live as long as the call.
+template <size_t Count>
+napi_value start_async(Napi::Env env, const napi_value* values, const std::atomic<int32_t>* cancel,
+                       std::unique_ptr<const Work> work) {
   Environment& environment = *env.GetInstanceData<Environment>();
   auto call = std::make_unique<AsyncCall>(environment, env, std::move(work), cancel);
-  const Napi::Array arrays = Napi::Array::New(env, count);
-  for (uint32_t i = 0; i < count; ++i) arrays.Set(i, values[i]);
+  const Napi::Array arrays = Napi::Array::New(env, Count);
+  for (uint32_t i = 0; i < Count; ++i) arrays.Set(i, values[i]);
   call->arrays = Napi::Persistent<Napi::Object>(arrays);
   return environment.start(env, call.release());
 }
 
 template <bool IsBackward>
-Napi::Value run_async(const Napi::CallbackInfo& info) {
-  napi_value values[kBackwardArguments + 1];
-  const size_t count = 1 + (IsBackward ? kBackwardArguments : kForwardArguments);
-  take_arguments(info, count, values);
-  try {
-    const std::atomic<int32_t>* const cancel = read_cancel(info.Env(), values);
-    return start_async(info.Env(), values, count, cancel,
-                       std::make_unique<CallArguments>(info.Env(), values + 1, IsBackward));
-  } catch (const std::bad_alloc&) {
-    throw make_error(info.Env(), {StatusCode::out_of_memory, "no memory for the call"});
-  }
+napi_value run_sync(Napi::Env env, const napi_value* values) {
+  run_at_once(CallWork(env, values, IsBackward));
+  return nullptr;
 }
 
-/// A typed array and memory of a GPU, or two of the latter: one is copied to the other.
-struct CopyArguments final : Work {
-  cuda::Copy copy{cuda::Copy::kHost, cuda::Copy::kHost, nullptr, nullptr, 0};
-  std::shared_ptr<DeviceMemory> from_memory, to_memory;
-
-  CopyArguments(Napi::Env env, const napi_value* values) {
-    size_t from_bytes = 0, to_bytes = 0;
-    void* from = nullptr;
-    read(env, values[0], from_memory, copy.from_device, from, from_bytes);
-    read(env, values[1], to_memory, copy.to_device, copy.to, to_bytes);
-    if (from_bytes != to_bytes || (!from_memory && !to_memory)) fail(env, "copy: not of one size");
-    copy.from = from;
-    copy.bytes = to_bytes;
-  }
-
-  int device() const override { return to_memory ? to_memory->device : from_memory->device; }
-  Status run(const CancelToken& cancel) const override {
-    return cuda_plugin().functions->copy(copy, cancel);
-  }
-
- private:
-  static void read(Napi::Env env, napi_value value, std::shared_ptr<DeviceMemory>& memory,
-                   int& device, void*& data, size_t& bytes) {
-    napi_typedarray_type type;
-    size_t length;
-    if (napi_get_typedarray_info(env, value, &type, &length, &data, nullptr, nullptr) == napi_ok) {
-      bytes = length * element_bytes(type);
-      return;
-    }
-    memory = device_memory_of(env, value);
-    if (!memory) fail(env, "copy: neither an array nor memory of a GPU");
-    device = memory->device;
-    data = memory->data;
-    bytes = memory->bytes;
-  }
-};
-
-void copy_sync(const Napi::CallbackInfo& info) {
-  napi_value values[2];
-  take_arguments(info, 2, values);
-  const Status status = CopyArguments(info.Env(), values).run(CancelToken());
-  if (!status.ok()) throw make_error(info.Env(), status);
+/// The first argument is one element that JavaScript sets to stop the call, or null.
+template <bool IsBackward>
+napi_value run_async(Napi::Env env, const napi_value* values) {
+  const Array flag = array_of(env, values[0]);
+  const auto* const cancel = static_cast<const std::atomic<int32_t>*>(
+      ArrayReader(&flag).tensor(ArrayKind::int32, true, 1));
+  return start_async<1 + kCallArguments>(env, values, cancel,
+                                         std::make_unique<CallWork>(env, values + 1, IsBackward));
 }
 
-Napi::Value copy_async(const Napi::CallbackInfo& info) {
-  napi_value values[2];
-  take_arguments(info, 2, values);
-  return start_async(info.Env(), values, 2, nullptr,
-                     std::make_unique<CopyArguments>(info.Env(), values));
+/// (from, to)
+napi_value copy_sync(Napi::Env env, const napi_value* values) {
+  run_at_once(CopyWork(env, values));
+  return nullptr;
+}
+
+napi_value copy_async(Napi::Env env, const napi_value* values) {
+  return start_async<2>(env, values, nullptr, std::make_unique<CopyWork>(env, values));
 }
 
 /// (header, GPU or -1, mask)
-void dropout_mask(const Napi::CallbackInfo& info) {
-  napi_value values[3];
-  take_arguments(info, 3, values);
-  const Problem p = read_problem(info.Env(), values[0]);
+napi_value dropout_mask(Napi::Env env, const napi_value* values) {
+  const Problem p = read_problem(array_of(env, values[0]));
   const bool context = p.dropout_placement == Placement::context;
-  ArrayReader reader(info.Env(), values + 2);
+  const Array mask = array_of(env, values[2]);
+  ArrayReader reader(&mask);
   auto* const keep =
-      static_cast<uint8_t*>(reader.tensor(napi_uint8_array, false, p.batch, p.query_heads,
+      static_cast<uint8_t*>(reader.tensor(ArrayKind::uint8, false, p.batch, p.query_heads,
                                           p.query_length, context ? p.value_dim : p.key_length));
   int32_t gpu;
-  if (napi_get_value_int32(info.Env(), values[1], &gpu) != napi_ok || gpu < -1 ||
-      gpu >= cuda_plugin().device_count || !reader.device_arrays.empty()) {
-    fail(info.Env(), "dropoutMask: no such GPU");
+  if (napi_get_value_int32(env, values[1], &gpu) != napi_ok || gpu < kNoDevice ||
+      gpu >= cuda_plugin().device_count) {
+    fail(env, "dropoutMask: no such GPU");
   }
-  if (gpu < 0) return fill_keep_mask(p, keep);
-  const size_t bytes = reader.host_arrays.front().bytes;
-  const Status status = cuda_plugin().functions->dropout_mask(gpu, p, keep, bytes);
-  if (!status.ok()) throw make_error(info.Env(), status);
+  if (gpu == kNoDevice) {
+    fill_keep_mask(p, keep);
+    return nullptr;
+  }
+  const Status status = cuda_plugin().functions->dropout_mask(gpu, p, keep, reader.bytes());
+  if (!status.ok()) throw status;
+  return nullptr;
 }
 
-void set_num_threads(const Napi::CallbackInfo& info) {
-  ThreadPool::shared().set_threads(info[0].ToNumber().Int32Value());
+napi_value set_num_threads(Napi::Env env, const napi_value* values) {
+  ThreadPool::shared().set_threads(Napi::Value(env, values[0]).ToNumber().Int32Value());
+  return nullptr;
 }
 
-Napi::Value get_num_threads(const Napi::CallbackInfo& info) {
-  return Napi::Number::New(info.Env(), ThreadPool::shared().threads());
+napi_value get_num_threads(Napi::Env env, const napi_value*) {
+  return Napi::Number::New(env, ThreadPool::shared().threads());
+}
+
+/// The most bytes that a call may have from now on, in the whole process.
+napi_value set_most_bytes(Napi::Env env, const napi_value* values) {
+  const double bytes = Napi::Value(env, values[0]).ToNumber().DoubleValue();
+  if (!(bytes >= 0 && bytes <= 9007199254740991.0)) fail(env, "setMostBytes: out of range");
+  most_bytes().store(uint64_t(bytes), std::memory_order_relaxed);
+  return nullptr;
 }
 
 /// Takes note of the fresh SharedArrayBuffer of a Uint8Array. V8 does not count these by itself,
 /// and would collect them far too late.
-void adopt_memory(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
+napi_value adopt_memory(Napi::Env env, const napi_value* values) {
   size_t bytes = 0;
   void* data = nullptr;
   napi_typedarray_type type;
-  if (napi_get_typedarray_info(env, info[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
+  if (napi_get_typedarray_info(env, values[0], &type, &bytes, &data, nullptr, nullptr) != napi_ok ||
       type != napi_uint8_array) {
     fail(env, "adoptMemory: not a Uint8Array");
   }
   prefer_huge_pages(data, bytes);
   Napi::MemoryManagement::AdjustExternalMemory(env, int64_t(bytes));
+  return nullptr;
 }
 
-void release_memory(const Napi::CallbackInfo& info) {
-  Napi::MemoryManagement::AdjustExternalMemory(info.Env(), -info[0].ToNumber().Int64Value());
+napi_value release_memory(Napi::Env env, const napi_value* values) {
+  const int64_t bytes = Napi::Value(env, values[0]).ToNumber().Int64Value();
+  Napi::MemoryManagement::AdjustExternalMemory(env, -bytes);
+  return nullptr;
 }
 
 Napi::Array list_backends(Napi::Env env) {
@@ -765,18 +413,19 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("version", SDPA_VERSION);
   exports.Set("problemFields", field_names());
   exports.Set("backends", list_backends(env));
-  exports.Set("forwardSync", Napi::Function::New<run_sync<false>>(env, "forwardSync"));
-  exports.Set("backwardSync", Napi::Function::New<run_sync<true>>(env, "backwardSync"));
-  exports.Set("forwardAsync", Napi::Function::New<run_async<false>>(env, "forwardAsync"));
-  exports.Set("backwardAsync", Napi::Function::New<run_async<true>>(env, "backwardAsync"));
-  exports.Set("dropoutMask", Napi::Function::New<dropout_mask>(env, "dropoutMask"));
-  exports.Set("copySync", Napi::Function::New<copy_sync>(env, "copySync"));
-  exports.Set("copyAsync", Napi::Function::New<copy_async>(env, "copyAsync"));
+  add_function<kCallArguments, run_sync<false>>(env, exports, "forwardSync");
+  add_function<kCallArguments, run_sync<true>>(env, exports, "backwardSync");
+  add_function<1 + kCallArguments, run_async<false>>(env, exports, "forwardAsync");
+  add_function<1 + kCallArguments, run_async<true>>(env, exports, "backwardAsync");
+  add_function<2, copy_sync>(env, exports, "copySync");
+  add_function<2, copy_async>(env, exports, "copyAsync");
+  add_function<3, dropout_mask>(env, exports, "dropoutMask");
   export_device_memory(env, exports);
-  exports.Set("setNumThreads", Napi::Function::New<set_num_threads>(env, "setNumThreads"));
-  exports.Set("getNumThreads", Napi::Function::New<get_num_threads>(env, "getNumThreads"));
-  exports.Set("adoptMemory", Napi::Function::New<adopt_memory>(env, "adoptMemory"));
-  exports.Set("releaseMemory", Napi::Function::New<release_memory>(env, "releaseMemory"));
+  add_function<1, set_num_threads>(env, exports, "setNumThreads");
+  add_function<0, get_num_threads>(env, exports, "getNumThreads");
+  add_function<1, set_most_bytes>(env, exports, "setMostBytes");
+  add_function<1, adopt_memory>(env, exports, "adoptMemory");
+  add_function<1, release_memory>(env, exports, "releaseMemory");
   return exports;
 }
 
@@ -784,7 +433,11 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace sdpa
 
 static Napi::Object initialize(Napi::Env env, Napi::Object exports) {
-  return sdpa::init(env, exports);
+  try {
+    return sdpa::init(env, exports);
+  } catch (const std::bad_alloc&) {
+    throw Napi::Error::New(env, "no memory to load the addon");
+  }
 }
 
 NODE_API_MODULE(node_sdpa, initialize)

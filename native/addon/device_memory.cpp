@@ -1,7 +1,9 @@
 // Memory of a GPU as a JavaScript object.
 #include "addon/device_memory.h"
 
-#include "addon/errors.h"
+#include <string>
+
+#include "addon/callback.h"
 
 namespace sdpa {
 namespace {
@@ -37,23 +39,23 @@ Handle* handle_of(napi_env env, napi_value value) {
   return static_cast<Handle*>(handle);
 }
 
-Handle& expect_handle(const Napi::CallbackInfo& info) {
-  Handle* const handle = info.Length() == 1 ? handle_of(info.Env(), info[0]) : nullptr;
-  if (!handle) fail(info.Env(), "not memory of a GPU");
+Handle& expect_handle(Napi::Env env, napi_value value) {
+  Handle* const handle = handle_of(env, value);
+  if (!handle) fail(env, "not memory of a GPU");
   return *handle;
 }
 
-Napi::Value wrap(Napi::Env env, std::shared_ptr<DeviceMemory> memory, size_t counted_bytes) {
+napi_value wrap(Napi::Env env, std::shared_ptr<DeviceMemory> memory, size_t counted_bytes) {
   Napi::Object object = Napi::Object::New(env);
-  object.Set("device", memory->device);
-  object.Set("bytes", double(memory->bytes));
+  object.Set("device", memory->device());
+  object.Set("bytes", double(memory->bytes()));
   auto handle = std::make_unique<Handle>(Handle{std::move(memory), int64_t(counted_bytes)});
   const auto finalize = [](napi_env env, void* handle, void*) {
     static_cast<Handle*>(handle)->release(env);
     delete static_cast<Handle*>(handle);
   };
-  if (napi_wrap(env, object, handle.get(), finalize, nullptr, nullptr) != napi_ok ||
-      napi_type_tag_object(env, object, &kTag) != napi_ok) {
+  if (napi_type_tag_object(env, object, &kTag) != napi_ok ||
+      napi_wrap(env, object, handle.get(), finalize, nullptr, nullptr) != napi_ok) {
     fail(env, "no object for memory of a GPU");
   }
   handle.release();
@@ -61,7 +63,7 @@ Napi::Value wrap(Napi::Env env, std::shared_ptr<DeviceMemory> memory, size_t cou
   return object;
 }
 
-int read_device(Napi::Env env, Napi::Value value) {
+int read_device(Napi::Env env, napi_value value) {
   uint32_t device;
   if (napi_get_value_uint32(env, value, &device) != napi_ok ||
       device >= uint32_t(cuda_plugin().device_count)) {
@@ -70,7 +72,7 @@ int read_device(Napi::Env env, Napi::Value value) {
   return int(device);
 }
 
-size_t read_bytes(Napi::Env env, Napi::Value value) {
+size_t read_bytes(Napi::Env env, napi_value value) {
   double bytes;
   if (napi_get_value_double(env, value, &bytes) != napi_ok || !(bytes >= 0 && bytes < 0x1p53)) {
     fail(env, "not a number of bytes");
@@ -79,15 +81,15 @@ size_t read_bytes(Napi::Env env, Napi::Value value) {
 }
 
 /// (path, most bytes on each device or 0) -> {reason, devices: [{name, reason, ...}]}
-Napi::Value open_cuda(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  const CudaPlugin& plugin = open_cuda_plugin(info[0].As<Napi::String>().Utf8Value().c_str());
+napi_value open_cuda(Napi::Env env, const napi_value* values) {
+  const std::string path = Napi::Value(env, values[0]).ToString();
+  const CudaPlugin& plugin = open_cuda_plugin(path.c_str());
   const Napi::Object result = Napi::Object::New(env);
   const Napi::Array devices = Napi::Array::New(env);
   result.Set("reason", plugin.reason);
   result.Set("devices", devices);
   if (!plugin.functions) return result;
-  if (const size_t bytes = read_bytes(env, info[1]); bytes > 0) {
+  if (const size_t bytes = read_bytes(env, values[1]); bytes > 0) {
     plugin.functions->set_memory_limit(bytes);
   }
   for (int device = 0; device < plugin.device_count; ++device) {
@@ -106,39 +108,39 @@ Napi::Value open_cuda(const Napi::CallbackInfo& info) {
 std::string name_of(int device) { return device == 0 ? "cuda" : "cuda:" + std::to_string(device); }
 
 /// (device, bytes) -> memory
-Napi::Value device_allocate(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  const int device = read_device(env, info[0]);
-  const size_t bytes = read_bytes(env, info[1]);
-  void* data = nullptr;
-  const cuda::Plugin& plugin = *cuda_plugin().functions;
-  const Status status = plugin.allocate(device, bytes, &data);
+napi_value device_allocate(Napi::Env env, const napi_value* values) {
+  const int device = read_device(env, values[0]);
+  const size_t bytes = read_bytes(env, values[1]);
+  auto memory = std::make_shared<DeviceMemory>(device, bytes);
+  const Status status = memory->allocate();
   if (status.code == StatusCode::out_of_memory) {
-    const cuda::MemoryUse use = plugin.memory_use(device);
+    const cuda::MemoryUse use = cuda_plugin().functions->memory_use(device);
     const std::string message =
         "No memory for " + std::to_string(bytes) + " bytes on " + name_of(device) + ": " +
         std::to_string(use.used_bytes) + " of " + std::to_string(use.limit_bytes) +
         " are in use. Dispose of tensors, or raise SDPA_CUDA_MEMORY_LIMIT where it is set";
     throw make_error(env, {status.code, message.c_str()});
   }
-  if (!status.ok()) throw make_error(env, status);
-  return wrap(env, std::make_shared<DeviceMemory>(device, data, bytes),
-              bytes / kDeviceBytesPerCounted);
+  if (!status.ok()) throw status;
+  return wrap(env, std::move(memory), bytes / kDeviceBytesPerCounted);
 }
 
 /// A further object for the same memory, which lives until all of them are released.
-Napi::Value device_share(const Napi::CallbackInfo& info) {
-  const Handle& handle = expect_handle(info);
-  if (!handle.memory) fail(info.Env(), "memory of a GPU was used after its release");
-  return wrap(info.Env(), handle.memory, 0);
+napi_value device_share(Napi::Env env, const napi_value* values) {
+  const Handle& handle = expect_handle(env, values[0]);
+  if (!handle.memory) fail(env, "memory of a GPU was used after its release");
+  return wrap(env, handle.memory, 0);
 }
 
-void device_release(const Napi::CallbackInfo& info) { expect_handle(info).release(info.Env()); }
+napi_value device_release(Napi::Env env, const napi_value* values) {
+  expect_handle(env, values[0]).release(env);
+  return nullptr;
+}
 
 /// (device) -> {usedBytes, cachedBytes, limitBytes}
-Napi::Value device_memory_use(const Napi::CallbackInfo& info) {
-  const cuda::MemoryUse use = cuda_plugin().functions->memory_use(read_device(info.Env(), info[0]));
-  const Napi::Object result = Napi::Object::New(info.Env());
+napi_value device_memory_use(Napi::Env env, const napi_value* values) {
+  const cuda::MemoryUse use = cuda_plugin().functions->memory_use(read_device(env, values[0]));
+  const Napi::Object result = Napi::Object::New(env);
   result.Set("usedBytes", double(use.used_bytes));
   result.Set("cachedBytes", double(use.cached_bytes));
   result.Set("limitBytes", double(use.limit_bytes));
@@ -155,11 +157,11 @@ std::shared_ptr<DeviceMemory> device_memory_of(Napi::Env env, napi_value value) 
 }
 
 void export_device_memory(Napi::Env env, Napi::Object exports) {
-  exports.Set("openCuda", Napi::Function::New<open_cuda>(env, "openCuda"));
-  exports.Set("deviceAllocate", Napi::Function::New<device_allocate>(env, "deviceAllocate"));
-  exports.Set("deviceShare", Napi::Function::New<device_share>(env, "deviceShare"));
-  exports.Set("deviceRelease", Napi::Function::New<device_release>(env, "deviceRelease"));
-  exports.Set("deviceMemoryUse", Napi::Function::New<device_memory_use>(env, "deviceMemoryUse"));
+  add_function<2, open_cuda>(env, exports, "openCuda");
+  add_function<2, device_allocate>(env, exports, "deviceAllocate");
+  add_function<1, device_share>(env, exports, "deviceShare");
+  add_function<1, device_release>(env, exports, "deviceRelease");
+  add_function<1, device_memory_use>(env, exports, "deviceMemoryUse");
 }
 
 }  // namespace sdpa

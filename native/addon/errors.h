@@ -3,7 +3,7 @@
 
 #include <napi.h>
 
-#include <string>
+#include <cstdio>
 
 #include "core/backend.h"
 
@@ -28,13 +28,14 @@ inline const char* error_code(StatusCode code) {
   }
 }
 
+/// Asks for no memory but JavaScript's: that may be what is missing.
 inline Napi::Error make_error(Napi::Env env, const Status& status) {
-  Napi::Error error =
-      status.code == StatusCode::device_lost
-          ? Napi::Error::New(env, std::string("The GPU has failed, and this process cannot use it "
-                                              "any more: ") +
-                                      status.message)
-          : Napi::Error::New(env, status.message);
+  char message[512];
+  const bool is_lost = status.code == StatusCode::device_lost;
+  std::snprintf(message, sizeof message, "%s%s",
+                is_lost ? "The GPU has failed, and this process cannot use it any more: " : "",
+                status.message);
+  Napi::Error error = Napi::Error::New(env, message);
   error.Set("code", error_code(status.code));
   return error;
 }

@@ -34,7 +34,11 @@ inline float float16_to_float(uint16_t half) {
   if (magnitude >= 0x7c00) {  // infinity or NaN
     return float_from_bits(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));
   }
-  // Move the fields to float32's places and let a multiplication rebias, subnormals included.
+  if (magnitude <
+      0x400) {  // subnormal: a count of 2^-24, by no step that a flush to 0 would change
+    return float_from_bits(sign | bits_of_float(float(magnitude) * 0x1p-24f));
+  }
+  // Move the fields to float32's places and let a multiplication rebias.
   const float scaled = float_from_bits(magnitude << 13) * 5.192296858534828e33f;  // 2^112
   return float_from_bits(sign | bits_of_float(scaled));
 }

@@ -167,7 +167,9 @@ inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBl
   for (int i = 0; i < kQueryBlock; ++i) {
     // Rows without a key have no lse; their scores are all excluded.
     const bool alive = uint32_t(i) < q.count && v.lse[i] != -kInfinity;
-    k.f.lse[block][i] = alive ? v.lse[i] : 0;
+    // A row of scores beyond what units of log2(e) hold is for the vector kernel.
+    const bool beyond = std::fabs(v.lse[i]) > 0x1p126f;
+    k.f.lse[block][i] = !alive ? 0 : beyond ? std::numeric_limits<float>::quiet_NaN() : v.lse[i];
     k.f.delta[block][i] = uint32_t(i) < q.count ? v.delta[i] : 0;
   }
   std::memset(k.f.grad_query[block], 0, whole(p.head_dim) * kQueryBlock * sizeof(float));
@@ -225,7 +227,8 @@ struct DifferentiateWork {
                                                            Floats& grad) const {
     const int i = key * kQueryBlock + v * kLanes;
     const Floats zero = broadcast(0.0f);
-    const Floats w = exponential2<Terms>(less_lse(load(scores + i), load(lse + v * kLanes)));
+    const Floats power = at_most_zero(less_lse(load(scores + i), load(lse + v * kLanes)));
+    const Floats w = exponential2<Terms>(power);
     Floats g = load(grads + i);
     weight = w;
     if (keep) {
@@ -418,6 +421,22 @@ inline bool backward_blocks(const AmxBackwardTask<Terms>& k, const QueryBlock* b
   return nan;
 }
 
+/// After so many pairs of query blocks their sums are added to those of the pairs before, as
+/// kFoldTiles in the forward pass.
+constexpr uint32_t kFoldPasses = 16;
+
+/// Moves the sums of the latest pairs, rows of whole steps, to those of all, rows of whole vectors.
+inline void fold_rows(float* latest, size_t rows, size_t width, float* all) {
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t i = 0; i < padded(width); i += kLanes) {
+      float* const from = latest + r * whole(width) + i;
+      float* const to = all + r * padded(width) + i;
+      store(to, add(load(to), load(from)));
+      store(from, broadcast(0.0f));
+    }
+  }
+}
+
 /// The AMX counterpart of backward_chunk; leaves grad_key and grad_value in the vector buffers.
 template <int Terms>
 inline bool backward_chunk_amx(const BackwardCall& w, const ChunkTask& task,
@@ -431,10 +450,18 @@ inline bool backward_chunk_amx(const BackwardCall& w, const ChunkTask& task,
   pack_chunk(k);
   std::memset(f.grad_key, 0, rows * head * sizeof(float));
   std::memset(f.grad_value, 0, rows * value * sizeof(float));
+  BackwardBuffers& v = f.vector;
+  std::memset(v.grad_key, 0, keys * padded(p.head_dim) * sizeof(float));
+  std::memset(v.grad_value, 0, keys * padded(p.value_dim) * sizeof(float));
   bool nan = false;
+  uint32_t passes = 0;
   for (uint32_t member = 0; member < group; ++member) {
     const uint32_t query_head = task.kv_head * group + member;
     for (size_t first = 0; first < p.query_length; first += kBothQueries) {
+      if (passes++ % kFoldPasses == 0) {
+        fold_rows(f.grad_key, keys, p.head_dim, v.grad_key);
+        fold_rows(f.grad_value, keys, p.value_dim, v.grad_value);
+      }
       QueryBlock blocks[kBlocksAtOnce];
       for (int i = 0; i < kBlocksAtOnce; ++i) {
         const size_t at = first + i * kQueryBlock;
@@ -444,14 +471,10 @@ inline bool backward_chunk_amx(const BackwardCall& w, const ChunkTask& task,
       nan |= backward_blocks(k, blocks);
     }
   }
-  for (size_t i = 0; i < keys; ++i) {
-    std::memcpy(f.vector.grad_key + i * padded(p.head_dim), f.grad_key + i * head,
-                padded(p.head_dim) * sizeof(float));
-    std::memcpy(f.vector.grad_value + i * padded(p.value_dim), f.grad_value + i * value,
-                padded(p.value_dim) * sizeof(float));
-  }
-  return nan || holds_nan(f.vector.grad_key, keys * padded(p.head_dim)) ||
-         holds_nan(f.vector.grad_value, keys * padded(p.value_dim));
+  fold_rows(f.grad_key, keys, p.head_dim, v.grad_key);
+  fold_rows(f.grad_value, keys, p.value_dim, v.grad_value);
+  return nan || holds_nan(v.grad_key, keys * padded(p.head_dim)) ||
+         holds_nan(v.grad_value, keys * padded(p.value_dim));
 }
 
 template <int Terms>

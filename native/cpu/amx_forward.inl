@@ -105,8 +105,8 @@ struct WeightDropout {
     }
   }
 
-  /// The decisions for group `group` of the tile.
-  inline __attribute__((always_inline)) void draw(uint32_t group) {
+  /// The decisions for group `group` of the tile. Too long for the many places that call it.
+  __attribute__((noinline)) void draw(uint32_t group) {
     // Rounds 1 and 2, of which only word 2 and word 3 after round 2 depend on the query.
     const uint64_t product0 = uint64_t{kPhiloxMultiplier0} * (first_group + group);
     const uint64_t product1 = uint64_t{kPhiloxMultiplier1} * head;
@@ -246,19 +246,29 @@ inline const float* whole_steps(const Rows& rows, int count, int full, float* co
   return copy;
 }
 
-/// A task packs one tile of keys of one head.
+/// Where PackWork pads the rows of a tile.
+inline size_t pack_floats(const Problem& p) {
+  return kKeyBlock * std::max(whole(p.head_dim), whole(p.value_dim));
+}
+
+/// A task packs one tile of keys of one head. The thread that comes first takes `spare`, of
+/// pack_floats(), so that the work is done however short memory is.
 template <int Terms>
 struct PackWork final : ParallelWork {
   Call call;
   PackedKeys packed;
+  std::atomic<float*> spare;
 
-  PackWork(const Call& call, const PackedKeys& packed) : call(call), packed(packed) {}
+  PackWork(const Call& call, const PackedKeys& packed, float* spare)
+      : call(call), packed(packed), spare(spare) {}
   void work(TaskCursor& cursor) override {
     const Problem& p = call.problem;
-    const size_t widest = std::max(whole(p.head_dim), whole(p.value_dim));
     Scratch scratch;
-    if (!scratch.reserve(kKeyBlock * widest, 1)) return;
-    float* const copy = scratch.take(kKeyBlock * widest);
+    float* copy = spare.exchange(nullptr, std::memory_order_relaxed);
+    if (!copy) {
+      if (!scratch.reserve(pack_floats(p), 1)) return;
+      copy = scratch.take(pack_floats(p));
+    }
     for (size_t task; cursor.next(task);) {
       const size_t head = packed.first_head + task / packed.tiles;
       const uint32_t b = uint32_t(head / p.kv_heads), kv_head = uint32_t(head % p.kv_heads);
@@ -281,15 +291,26 @@ struct PackWork final : ParallelWork {
 
 // -------------------------------------------------------------------------------- query blocks
 
+/// After so many tiles their sums are added to those of the tiles before: short sums of short sums
+/// are rounded less than one long sum.
+constexpr size_t kFoldTiles = 16;
+
+/// Whether there are tiles enough for that.
+inline bool folds(const Problem& p) { return p.key_length > kFoldTiles * kKeyBlock; }
+
 /// What a block of queries has summed so far.
 struct RunningRows {
   float* minus_max;  // [kQueryBlock], in units of log2(e)
   float* sums;       // [kQueryBlock]
-  float* context;    // [contexts][whole value_dim][kQueryBlock]
+  float* context;    // [contexts][whole value_dim][kQueryBlock], of the latest tiles; behind it,
+                     // where there are folds, as much again for the tiles before
 
+  /// Of the context, for either part.
+  static size_t rows(const Problem& p, uint32_t contexts) { return contexts * whole(p.value_dim); }
   static size_t floats(const Problem& p, uint32_t contexts) {
-    return (2 + contexts * whole(p.value_dim)) * kQueryBlock;
+    return (2 + (folds(p) ? 2 : 1) * rows(p, contexts)) * kQueryBlock;
   }
+  RunningRows() : minus_max(nullptr), sums(nullptr), context(nullptr) {}
   explicit RunningRows(float* data)
       : minus_max(data), sums(data + kQueryBlock), context(data + 2 * kQueryBlock) {}
 };
@@ -303,7 +324,7 @@ struct AmxBlock {
   bool is_last;                // whether no later run of tiles has a key for it
   Mask unset[2];               // lanes that have seen no key yet: they have no maximum
   uint8_t* queries;            // operand B
-  RunningRows sum{nullptr};
+  RunningRows sum;
   WeightDropout dropout;  // set up where weights drop
 };
 
@@ -339,6 +360,7 @@ struct AmxBuffers {
   uint8_t* weights[2];        // operand B
   float* scores[2];           // [kKeyBlock][kQueryBlock], in units of log2(e)
   float* rows;                // [kQueryBlock][whole head_dim]
+  float* pack_rows;           // pack_floats()
 
   bool allocate(const Call& call, int terms, const AmxResults& results) {
     const Problem& p = call.problem;
@@ -349,16 +371,15 @@ struct AmxBuffers {
     const size_t tile = size_t{kKeyBlock} * kQueryBlock,
                  sum_floats = RunningRows::floats(p, contexts);
     const size_t row_floats = whole(p.head_dim) * kQueryBlock;
-    if (!vector.allocate(call) || !scratch_.reserve(kBlocks * (query_floats + sum_floats) +
-                                                        2 * (weight_floats + tile) + row_floats,
-                                                    2 * kBlocks + 5)) {
-      return false;
-    }
+    const size_t floats = kBlocks * (query_floats + sum_floats) + 2 * (weight_floats + tile) +
+                          row_floats + pack_floats(p);
+    if (!vector.allocate(call) || !scratch_.reserve(floats, 2 * kBlocks + 6)) return false;
     for (auto& q : queries) q = reinterpret_cast<uint8_t*>(scratch_.take(query_floats));
     for (auto& s : sums) s = scratch_.take(sum_floats);
     for (auto& w : weights) w = reinterpret_cast<uint8_t*>(scratch_.take(weight_floats));
     for (auto& s : scores) s = scratch_.take(tile);
     rows = scratch_.take(row_floats);
+    pack_rows = scratch_.take(pack_floats(p));
     return !scratch_.overrun();
   }
 
@@ -383,6 +404,7 @@ struct AmxBuffers {
   Scratch scratch_, sample_scratch_;
 };
 
+/// As PackWork, with `spare`.
 template <int Terms>
 struct AmxForwardWork final : ParallelWork {
   Call call;
@@ -390,16 +412,21 @@ struct AmxForwardWork final : ParallelWork {
   float* sums;  // RunningRows of all blocks, between runs of tiles; null if there is but one run
   AmxResults results;
   uint32_t contexts;
+  std::atomic<AmxBuffers*> spare;
 
-  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums, const AmxResults& results)
+  AmxForwardWork(const Call& call, const PackedKeys& packed, float* sums, const AmxResults& results,
+                 AmxBuffers* spare)
       : call(call),
         packed(packed),
         sums(sums),
         results(results),
-        contexts(results.contexts(call)) {}
+        contexts(results.contexts(call)),
+        spare(spare) {}
   /// Rows of context that belong to a maximum.
   size_t context_rows() const {
-    return contexts == 1 ? call.problem.value_dim : contexts * whole(call.problem.value_dim);
+    const Problem& p = call.problem;
+    if (contexts == 1 && !folds(p)) return p.value_dim;
+    return (folds(p) ? 2 : 1) * RunningRows::rows(p, contexts);
   }
   void work(TaskCursor& cursor) override;
   void run(TaskCursor& cursor, AmxBuffers& buffers) const;
@@ -459,6 +486,7 @@ inline void apply_rules(const Call& call, const QueryBlock& q, KeyTile tile,
                         const ScoreBuffers& buffers, float* keep, float* scores, float* tangent) {
   const Problem& p = call.problem;
   const Floats excluded = broadcast(-kInfinity);
+  const Floats lowest = broadcast(std::numeric_limits<float>::lowest());
   if (p.softcap > 0) {
     const Floats inward = broadcast(kLn2 / p.softcap), outward = broadcast(p.softcap * kLog2E);
     for (int i = 0; i < kKeyBlock * kQueryBlock; i += kLanes) {
@@ -470,9 +498,11 @@ inline void apply_rules(const Call& call, const QueryBlock& q, KeyTile tile,
   if (p.mask_type != MaskType::none) {
     bias_tile(call, q, tile, buffers.mask_rows, buffers.bias);
     for (int i = 0; i < tile.count * kQueryBlock; i += kLanes) {
-      const Floats bias = load(buffers.bias + i);
-      const Floats sum = multiply_add(bias, broadcast(kLog2E), load(scores + i));
-      store(scores + i, select(equal(bias, excluded), excluded, sum));
+      const Floats bias = load(buffers.bias + i), score = load(scores + i);
+      const Floats sum = multiply_add(bias, broadcast(kLog2E), score);
+      // The least float, which masks for padding may hold, is beyond it in units of log2(e).
+      const Floats finite = select(less(sum, lowest), lowest, sum);
+      store(scores + i, select(equal(bias, excluded) | equal(score, excluded), excluded, finite));
     }
   }
   exclude_unseen(q, tile, scores);
@@ -499,12 +529,27 @@ inline KeyRange seen_by_all(const QueryBlock& q) {
   return all;
 }
 
+/// Before a tile is added: ends the short sums of the tiles before, where it is time to.
+template <int Terms>
+inline void fold_context(const AmxForwardWork<Terms>& w, TileSums& sums, const BlockTile& t) {
+  if (t.number() == 0 || t.number() % kFoldTiles != 0) return;
+  sums.store();
+  const size_t size = RunningRows::rows(w.call.problem, w.contexts) * kQueryBlock;
+  float* const latest = t.block->sum.context;
+  for (size_t i = 0; i < size; i += kLanes) {
+    float* const before = latest + size + i;
+    store(before, add(load(before), load(latest + i)));
+    store(latest + i, broadcast(0.0f));
+  }
+}
+
 /// Adds the values of the tile whose weights are waiting.
 template <int Terms>
 inline void flush_values(const AmxForwardWork<Terms>& w, const AmxBuffers& f, TileSums& sums,
                          BlockTile& waiting) {
   NoWork none;
   if (waiting.block) {
+    fold_context(w, sums, waiting);
     multiply_values<0>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context, none);
   }
   waiting.block = nullptr;
@@ -634,13 +679,29 @@ inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* c
   }
 }
 
-/// Takes over one of the contexts of a block that has seen all its keys, and normalises it. True if
-/// a NaN came out.
-inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, ForwardBuffers& v) {
+/// Rows whose maximum, or lse, is so large that in units of log2(e) it may have overflown.
+inline Mask beyond_units(Floats size) {
+  const Floats most = broadcast(0x1p126f), zero = broadcast(0.0f);
+  return less(most, size) | less(most, sub(zero, size));
+}
+
+/// Takes over one of the `contexts` of a block that has seen all its keys, and normalises it. True
+/// if a NaN came out, or units of log2(e) were too small: the vector kernels have others.
+inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, uint32_t contexts,
+                         ForwardBuffers& v) {
   std::memcpy(v.row_sum, k.sum.sums, kQueryBlock * sizeof(float));
   for (int i = 0; i < kQueryBlock; ++i) v.row_max[i] = -k.sum.minus_max[i] * kLn2;
-  v.context = k.sum.context + number * whole(call.problem.value_dim) * kQueryBlock;
-  return normalise_context(call, k.q, v);
+  const size_t size = whole(call.problem.value_dim) * kQueryBlock;
+  v.context = k.sum.context + number * size;
+  if (folds(call.problem)) {
+    const float* const before = v.context + contexts * size;
+    for (size_t i = 0; i < size; i += kLanes) {
+      store(v.context + i, add(load(before + i), load(v.context + i)));
+    }
+  }
+  const bool holds_nan = normalise_context(call, k.q, v);
+  return holds_nan ||
+         any(beyond_units(load(k.sum.minus_max)) | beyond_units(load(k.sum.minus_max + kLanes)));
 }
 
 /// Takes the results of a block into samples.
@@ -649,12 +710,12 @@ inline void finish_samples(const Call& call, const AmxBlock& k, const AmxResults
   ForwardBuffers& v = f.vector;
   const SampleGroup group = results.group;
   if (call.dropout.placement == Placement::context) {
-    if (take_context(call, k, 0, v)) compute_context(call, k.q, v);
+    if (take_context(call, k, 0, 1, v)) compute_context(call, k.q, v);
     return store_context_samples(call, k.q, group, *results.samples, v, f.samples.dropped);
   }
   for (uint32_t s = 0; s < group.count; ++s) {
     const Call sample = call_of_sample(call, group.first + s);
-    if (take_context(sample, k, s, v)) compute_context(sample, k.q, v);
+    if (take_context(sample, k, s, group.count, v)) compute_context(sample, k.q, v);
     store_sample(sample, k.q, *results.samples, group.first + s, v);
   }
 }
@@ -665,7 +726,7 @@ inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, AmxB
   if (w.results.samples) return finish_samples(w.call, k, w.results, f);
   ForwardBuffers& v = f.vector;
   const ForwardOutputs& outputs = w.results.outputs;
-  if (take_context(w.call, k, 0, v)) return forward_block(w.call, k.q, outputs, v);
+  if (take_context(w.call, k, 0, 1, v)) return forward_block(w.call, k.q, outputs, v);
   drop_context(w.call, k.q, v);
   store_context(w.call, k.q, outputs, v);
   if (!wants_matrices(outputs)) return;
@@ -789,6 +850,7 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
     SoftmaxWork<Terms, Drops> softmax = softmax_work<Drops>(w, f, now, rate);
     if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
     if (waiting.block) {
+      fold_context(w, sums, waiting);
       multiply_values<Steps>(w, sums, waiting, f.weights[waiting.side], waiting.block->sum.context,
                              softmax);
     } else {
@@ -822,30 +884,30 @@ inline void forward_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, A
 
 /// Makes the samples of a tile from its packed weights: while tiles multiply the values of one, the
 /// vector units drop weights for the next.
-template <int Steps, int Terms>
+template <int Terms>
 inline void add_samples(const AmxForwardWork<Terms>& w, TileSums& sums, const BlockTile& t,
                         AmxBuffers& f) {
   const Problem& p = w.call.problem;
   const uint32_t count = w.results.group.count;
   const uint32_t group = (p.key_offset + t.tile.first) / kDecisionsPerCall;
-  const uint32_t steps = uint32_t(2 * (Steps ? Steps : steps_of(p.value_dim)));
-  const uint32_t rate = (kPairsPerTile << 16) / (steps * kAdvancesAStep<Terms>)+1;
+  const uint32_t rate =
+      (kPairsPerTile << 16) / (uint32_t(2 * steps_of(p.value_dim)) * kAdvancesAStep<Terms>)+1;
   const size_t context_floats = whole(p.value_dim) * kQueryBlock;
   NoWork none;
   for (uint32_t s = 0; s <= count; ++s) {
     float* const context = t.block->sum.context + (s - 1) * context_floats;
     const uint8_t* const weights = f.weights[(s + 1) % 2];  // of the sample before
-    if (s == count) return multiply_values<Steps>(w, sums, t, weights, context, none);
+    if (s == count) return multiply_values<0>(w, sums, t, weights, context, none);
     f.dropouts[s].first_group = group;
     DropWork<Terms> drop{f.undropped, f.weights[s % 2], f.dropouts + s, rate};
-    if (s > 0) multiply_values<Steps>(w, sums, t, weights, context, drop);
+    if (s > 0) multiply_values<0>(w, sums, t, weights, context, drop);
     drop.finish();
   }
 }
 
 /// Runs over the tiles of all blocks for a group of samples of `weights` dropout. Scores, maxima
 /// and sums are made in the order of forward_blocks, so that they have its bits.
-template <int Steps, int Terms>
+template <int Terms>
 inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
   const Problem& p = w.call.problem;
   const SampleGroup group = w.results.group;
@@ -856,13 +918,13 @@ inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, Am
   BlockTile waiting, now = blocks.next_tile();  // `waiting` stays none: no values are owed
   const AmxBlock* drawn = nullptr;              // the block that the dropouts are set up for
   TileSums sums;
-  if (now.block) multiply_scores<Steps>(w, sums, now, f.scores[now.side], none);
+  if (now.block) multiply_scores<0>(w, sums, now, f.scores[now.side], none);
   sums.store();
   while (now.block) {
     const BlockTile next = blocks.next_tile();
     prepare_scores(w, f, sums, now, waiting);
     SoftmaxWork<Terms, false> softmax{f.scores[now.side], f.undropped, nullptr, nullptr, rate};
-    if (next.block) multiply_scores<Steps>(w, sums, next, f.scores[next.side], softmax);
+    if (next.block) multiply_scores<0>(w, sums, next, f.scores[next.side], softmax);
     sums.store();
     softmax.finish();
     const RunningRows& sum = now.block->sum;
@@ -881,33 +943,24 @@ inline void sample_blocks(const AmxForwardWork<Terms>& w, TaskCursor& cursor, Am
       }
       drawn = now.block;
     }
-    add_samples<Steps>(w, sums, now, f);
+    fold_context(w, sums, now);
+    add_samples(w, sums, now, f);
     sums.store();
     if (next.block != now.block) blocks.leave(*now.block);
     now = next;
   }
 }
 
-enum class Pass { plain, drops, samples };
-
-template <Pass pass, int Steps, int Terms>
-inline void run_pass(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
-  if constexpr (pass == Pass::samples) {
-    sample_blocks<Steps>(w, cursor, f);
-  } else {
-    forward_blocks<Steps, pass == Pass::drops>(w, cursor, f);
-  }
-}
-
-template <Pass pass, int Terms>
-inline void run_pass_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor, AmxBuffers& f) {
+template <bool Drops, int Terms>
+inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& cursor,
+                                    AmxBuffers& f) {
   if constexpr (Terms == 3) {  // the others are not worth their size
     const size_t steps = steps_of(w.call.problem.head_dim);
     const bool same = steps == steps_of(w.call.problem.value_dim);
-    if (same && steps == 2) return run_pass<pass, 2>(w, cursor, f);
-    if (same && steps == 4) return run_pass<pass, 4>(w, cursor, f);
+    if (same && steps == 2) return forward_blocks<2, Drops>(w, cursor, f);
+    if (same && steps == 4) return forward_blocks<4, Drops>(w, cursor, f);
   }
-  run_pass<pass, 0>(w, cursor, f);
+  forward_blocks<0, Drops>(w, cursor, f);
 }
 
 /// Flushes denormals to 0 while it lives, as AMX does: they would be slow, and are too small to
@@ -926,21 +979,25 @@ template <int Terms>
 void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
   const bool drops = draws_on_the_way(call);
   if (results.samples && drops) {
-    run_pass_by_steps<Pass::samples>(*this, cursor, buffers);
+    sample_blocks(*this, cursor, buffers);
   } else if (drops) {
-    run_pass_by_steps<Pass::drops>(*this, cursor, buffers);
+    forward_blocks_by_steps<true>(*this, cursor, buffers);
   } else {
-    run_pass_by_steps<Pass::plain>(*this, cursor, buffers);
+    forward_blocks_by_steps<false>(*this, cursor, buffers);
   }
 }
 
 template <int Terms>
 void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
-  AmxBuffers buffers;
-  if (!buffers.allocate(call, Terms, results)) return;
+  AmxBuffers own;
+  AmxBuffers* buffers = spare.exchange(nullptr, std::memory_order_relaxed);
+  if (!buffers) {
+    if (!own.allocate(call, Terms, results)) return;
+    buffers = &own;
+  }
   const FlushDenormals flush;
   configure_tiles();
-  run(cursor, buffers);
+  run(cursor, *buffers);
   _tile_release();
 }
 
@@ -992,7 +1049,8 @@ struct AmxWave {
   Scratch scratch_;
 };
 
-/// Runs one wave; `threads` says who works on it.
+/// Runs one wave; `threads` says who works on it. It needs no memory: what has begun to write the
+/// output comes to its end.
 template <int Terms, typename Threads>
 Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results, size_t number,
                 AmxWave& wave, const Threads& threads) {
@@ -1001,10 +1059,10 @@ Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results
   packed.heads = std::min(plan.heads_a_wave, plan.heads - packed.first_head);
   for (packed.first_tile = 0; packed.first_tile < plan.tiles; packed.first_tile += plan.run_tiles) {
     packed.tiles = std::min(plan.run_tiles, plan.tiles - packed.first_tile);
-    PackWork<Terms> pack(call, packed);
+    PackWork<Terms> pack(call, packed, threads.buffers.pack_rows);
     Status status = threads.pack(packed.heads * packed.tiles, pack);
     if (!status.ok()) return status;
-    AmxForwardWork<Terms> work(call, packed, wave.sums, results);
+    AmxForwardWork<Terms> work(call, packed, wave.sums, results, &threads.buffers);
     status = threads.multiply(packed.heads * plan.blocks_a_head, work);
     if (!status.ok()) return status;
   }
@@ -1014,6 +1072,7 @@ Status run_wave(const Call& call, const AmxPlan& plan, const AmxResults& results
 /// All threads together.
 struct Together {
   const CancelToken& cancel;
+  AmxBuffers& buffers;  // of the first to come
 
   Status pack(size_t count, ParallelWork& work) const {
     return ThreadPool::shared().run(count, true, cancel, work);
@@ -1029,9 +1088,7 @@ struct Alone {
   Status pack(size_t count, ParallelWork& work) const {
     TaskCursor cursor(count, cancel);
     work.work(cursor);
-    if (cursor.drained()) return {};
-    if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
-    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+    return {};
   }
   template <typename Work>
   Status multiply(size_t count, const Work& work) const {
@@ -1048,7 +1105,6 @@ struct WaveWork final : ParallelWork {
   const AmxPlan& plan;
   AmxResults results;
   const CancelToken& cancel;
-  std::atomic<bool> failed{false};  // short of memory in the middle of a task
 
   WaveWork(const Call& call, const AmxPlan& plan, const AmxResults& results,
            const CancelToken& cancel)
@@ -1060,10 +1116,7 @@ struct WaveWork final : ParallelWork {
     const FlushDenormals flush;
     configure_tiles();
     const Alone alone{cancel, buffers};
-    for (size_t task; cursor.next(task);) {
-      const Status status = run_wave<Terms>(call, plan, results, task, wave, alone);
-      if (status.code == StatusCode::out_of_memory) failed.store(true, std::memory_order_relaxed);
-    }
+    for (size_t task; cursor.next(task);) run_wave<Terms>(call, plan, results, task, wave, alone);
     _tile_release();
   }
 };
@@ -1075,18 +1128,20 @@ Status amx_forward_terms(const Call& call, const AmxResults& results, const Canc
   const bool parallel = worth_sharing(results.samples ? results.samples->problem : p);
   const size_t threads = parallel ? std::max(pool.threads(), 1) : 1;
   const AmxPlan plan(p, Terms, threads, results.contexts(call));
-  const Status no_memory{StatusCode::out_of_memory, "no memory for packed keys and values"};
   // Whole rounds of waves keep all threads busy, or many of them nearly so.
   if (plan.waves() % threads == 0 || plan.waves() >= 4 * threads) {
     WaveWork<Terms> work(call, plan, results, cancel);
     const Status status = pool.run(plan.waves(), parallel, cancel, work);
     if (!status.ok()) return status;
     if (cancel.cancelled()) return {StatusCode::aborted, "the call was aborted"};
-    return work.failed ? no_memory : status;
+    return status;
   }
   AmxWave wave(plan);
-  if (!wave.allocate(plan)) return no_memory;
-  const Together together{cancel};
+  AmxBuffers buffers;
+  if (!wave.allocate(plan) || !buffers.allocate(call, Terms, results)) {
+    return {StatusCode::out_of_memory, "no memory for the working buffers"};
+  }
+  const Together together{cancel, buffers};
   for (size_t number = 0; number < plan.waves(); ++number) {
     const Status status = run_wave<Terms>(call, plan, results, number, wave, together);
     if (!status.ok()) return status;
@@ -1129,7 +1184,7 @@ inline Status amx_samples(const Call& call, const SampleResults& results,
   const uint32_t size = !drops_weights
                             ? samples
                             : std::min(group_size(samples, bytes, kGroupBytes),
-                                       group_size(samples, bytes * blocks, kWaitingBytes));
+                                       group_size(samples, 2 * bytes * blocks, kWaitingBytes));
   for (uint32_t first = 0; first < samples; first += size) {
     const AmxResults group{{}, &results, {first, std::min(size, samples - first)}};
     const Status status = amx_forward_call(call, group, cancel);

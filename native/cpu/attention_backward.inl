@@ -457,10 +457,9 @@ Status run_backward(const Problem& p, const Inputs& inputs, const BackwardTensor
   const bool parallel = worth_sharing(p);
   const uint32_t chunks = chunk_count(p);
   const size_t elements = size_t{p.batch} * p.query_heads * p.query_length * p.head_dim;
-  std::unique_ptr<float[]> slices;
-  if (chunks > 1) {
-    slices.reset(new (std::nothrow) float[chunks * elements]);
-    if (!slices) return {StatusCode::out_of_memory, "no memory for the gradient of the query"};
+  Block<float> slices;
+  if (chunks > 1 && !slices.allocate(chunks * elements)) {
+    return {StatusCode::out_of_memory, "no memory for the gradient of the query"};
   }
   Work work(BackwardCall{call, tensors, slices.get()});
   Status status = pool.run(size_t{p.batch} * p.kv_heads * chunks, parallel, cancel, work);

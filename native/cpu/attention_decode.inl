@@ -429,9 +429,10 @@ inline Status decode(const Call& call, const ForwardOutputs& out, const CancelTo
   const Problem& p = call.problem;
   DecodeWork work(call, nullptr);
   const size_t heads = size_t{p.batch} * p.kv_heads;
-  std::unique_ptr<float[]> partials(
-      new (std::nothrow) float[heads * work.rows() * work.chunks() * work.partial_floats()]);
-  if (!partials) return {StatusCode::out_of_memory, "no memory for the chunks of the keys"};
+  Block<float> partials;
+  if (!partials.allocate(heads * work.rows() * work.chunks() * work.partial_floats())) {
+    return {StatusCode::out_of_memory, "no memory for the chunks of the keys"};
+  }
   work.partials = partials.get();
   const Status status =
       ThreadPool::shared().run(heads * work.chunks(), worth_sharing(p), cancel, work);

@@ -253,10 +253,9 @@ inline Status samples_one_by_one(const Inputs& inputs, const SampleResults& resu
   const Problem& p = results.problem;
   const size_t size = output_size(p);
   const size_t element = p.type == Type::float32 ? sizeof(float) : sizeof(uint16_t);
-  std::unique_ptr<float[]> own;  // a sample's output, where only its moments are wanted
-  if (results.sums) {
-    own.reset(new (std::nothrow) float[size]);
-    if (!own) return {StatusCode::out_of_memory, "no memory for a sample"};
+  Block<float> own;  // a sample's output, where only its moments are wanted
+  if (results.sums && !own.allocate(size)) {
+    return {StatusCode::out_of_memory, "no memory for a sample"};
   }
   const ForwardOutputs first = results.of_sample(0);
   for (uint32_t s = 0; s < p.samples; ++s) {
@@ -286,10 +285,12 @@ inline Status samples_one_by_one(const Inputs& inputs, const SampleResults& resu
 inline Status run_samples(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                           const CancelToken& cancel, ForwardPass pass, SamplesPass together) {
   SampleResults results{p, outputs};
-  std::unique_ptr<double[]> moments;
+  Block<double> moments;
   if (outputs.mean) {
-    moments.reset(new (std::nothrow) double[2 * output_size(p)]());
-    if (!moments) return {StatusCode::out_of_memory, "no memory for mean and variance"};
+    if (!moments.allocate(2 * output_size(p))) {
+      return {StatusCode::out_of_memory, "no memory for mean and variance"};
+    }
+    std::fill_n(moments.get(), 2 * output_size(p), 0.0);
     results.sums = moments.get();
     results.squares = moments.get() + output_size(p);
   }

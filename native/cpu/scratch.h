@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
+
+#include "core/budget.h"
 
 namespace sdpa {
 
@@ -13,10 +13,10 @@ class Scratch {
   /// Reserves room for `floats` floats in at most `pieces` pieces; false if memory is short.
   bool reserve(size_t floats, size_t pieces) {
     const size_t room = floats + (pieces + 1) * kAlignment;
-    memory_.reset(new (std::nothrow) float[room]);
+    if (!memory_.allocate(room)) return false;
     next_ = memory_.get();
     end_ = next_ + room;
-    return next_ != nullptr;
+    return true;
   }
 
   /// The next piece, aligned to 64 bytes. Its content is not initialised.
@@ -32,7 +32,7 @@ class Scratch {
  private:
   static constexpr size_t kAlignment = 16;  // floats in 64 bytes
 
-  std::unique_ptr<float[]> memory_;
+  Block<float> memory_;
   float* next_ = nullptr;
   float* end_ = nullptr;
 };

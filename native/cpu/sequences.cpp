@@ -21,17 +21,12 @@ void clear(const Problem& p, void* data, size_t rows, size_t width) {
 
 constexpr Status kNoMemory = {StatusCode::out_of_memory, "no memory for the sequences of a batch"};
 
-/// The entry's lse, [query_heads, query_length] without gaps.
-std::unique_ptr<float[]> entry_lse(const Entry& e) {
-  return std::unique_ptr<float[]>(new (std::nothrow) float[e.queries()]);
-}
-
 Status forward_entry(const Backend& backend, const Entry& e, const ForwardOutputs& batch,
                      const CancelToken& cancel) {
   const Problem& p = e.problem;
   if (p.query_length == 0) return {};
-  const std::unique_ptr<float[]> lse = entry_lse(e);
-  if (!lse) return kNoMemory;
+  Block<float> lse;  // the entry's, [query_heads, query_length] without gaps
+  if (!lse.allocate(e.queries())) return kNoMemory;
   ForwardOutputs outputs{};
   outputs.output = skip(p, batch.output, e.query_rows, p.value_dim);
   outputs.lse = lse.get();
@@ -64,8 +59,8 @@ Status backward_entry(const Backend& backend, const Entry& e, const BackwardTens
     clear(p, tensors.grad_value, e.keys(), p.value_dim);
     return {};
   }
-  const std::unique_ptr<float[]> lse = entry_lse(e);
-  if (!lse) return kNoMemory;
+  Block<float> lse;  // the entry's, [query_heads, query_length] without gaps
+  if (!lse.allocate(e.queries())) return kNoMemory;
   for (size_t head = 0; head < p.query_heads; ++head) {
     std::memcpy(lse.get() + head * p.query_length, batch.lse + e.lse_first + head * e.lse_stride,
                 p.query_length * sizeof(float));
@@ -74,12 +69,12 @@ Status backward_entry(const Backend& backend, const Entry& e, const BackwardTens
   return backend.backward(p, e.inputs, tensors, cancel);
 }
 
-/// A task is one entry of the batch. `Run` computes it.
+/// A task is one entry of the batch. `Run` computes it. What several threads have no memory for at
+/// once is left to one of them in the end.
 template <typename Run>
 struct SequenceWork final : ParallelWork {
   const std::vector<Entry>& entries;
   const Run& run;
-  std::atomic<const Status*> failure{nullptr};
   std::vector<Status> statuses;
 
   SequenceWork(const std::vector<Entry>& entries, const Run& run)
@@ -87,8 +82,14 @@ struct SequenceWork final : ParallelWork {
   void work(TaskCursor& cursor) override {
     for (size_t task; cursor.next(task);) {
       statuses[task] = run(entries[task]);
-      if (!statuses[task].ok()) failure.store(&statuses[task], std::memory_order_relaxed);
     }
+  }
+  Status finish() {
+    for (size_t task = 0; task < entries.size(); ++task) {
+      if (statuses[task].code == StatusCode::out_of_memory) statuses[task] = run(entries[task]);
+      if (!statuses[task].ok()) return statuses[task];
+    }
+    return {};
   }
 };
 
@@ -103,14 +104,13 @@ Status run_entries(const Sequences& s, const Problem& p, const Inputs& inputs,
     entries.push_back(entry_of(s, p, inputs, b));
     size += multiply_adds(entries.back().problem);
   }
-  std::stable_sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return multiply_adds(a.problem) > multiply_adds(b.problem);
   });
   SequenceWork<Run> work(entries, run);
   const Status status =
       ThreadPool::shared().run(entries.size(), size > kWorthSharing, cancel, work);
-  const Status* const failure = work.failure.load();
-  return failure ? *failure : status;
+  return status.ok() ? work.finish() : status;
 }
 
 }  // namespace

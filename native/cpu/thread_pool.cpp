@@ -2,8 +2,9 @@
 #include "cpu/thread_pool.h"
 
 #include <algorithm>
-#include <system_error>
+#include <exception>
 #include <thread>
+#include <vector>
 
 namespace sdpa {
 
@@ -48,45 +49,45 @@ Status ThreadPool::run(size_t count, bool parallel, const CancelToken& cancel, P
 }
 
 void ThreadPool::run_with_helpers(int seats, TaskCursor& cursor, ParallelWork& work) {
-  Region region{work, cursor, seats};
+  Region region{work, cursor, Budget::current(), seats};
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    regions_.push_back(&region);
+    regions_.push(&region);
     ensure_workers(seats);
   }
   work.work(cursor);
   std::unique_lock<std::mutex> lock(mutex_);
-  regions_.erase(std::find(regions_.begin(), regions_.end(), &region));
+  regions_.remove(&region);
   helper_left_.wait(lock, [&] { return region.helpers == 0; });
 }
 
 Status ThreadPool::submit(Job* job) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (jobs_.size() >= kMaxQueuedJobs) {
+  if (queued_ >= kMaxQueuedJobs) {
     return {StatusCode::queue_full, "too many asynchronous calls are waiting"};
   }
   ensure_workers(1);
   if (workers_ == 0) return {StatusCode::out_of_memory, "no thread could be created"};
-  jobs_.push_back(job);
+  jobs_.push(job);
+  ++queued_;
   return {};
 }
 
 bool ThreadPool::withdraw(Job* job) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = std::find(jobs_.begin(), jobs_.end(), job);
-  if (found == jobs_.end()) return false;
-  jobs_.erase(found);
+  if (!jobs_.remove(job)) return false;
+  --queued_;
   return true;
 }
 
 /// Wakes `wanted` threads, creating those that are missing. The caller holds the mutex.
 void ThreadPool::ensure_workers(int wanted) {
-  const int missing = std::min(wanted - idle_ + int(jobs_.size()), most_workers() - workers_);
+  const int missing = std::min(wanted - idle_ + int(queued_), most_workers() - workers_);
   for (int i = 0; i < missing; ++i) {
     try {
-      std::thread(&ThreadPool::worker_loop, this).detach();
-    } catch (const std::system_error&) {
-      break;  // the system refuses more threads: go on with those that there are
+      std::thread([this] { worker_loop(); }).detach();  // a local type exports no symbols
+    } catch (const std::exception&) {
+      break;  // no more threads, or no memory for one: go on with those that there are
     }
     ++workers_;
   }
@@ -98,7 +99,7 @@ void ThreadPool::ensure_workers(int wanted) {
 }
 
 ThreadPool::Region* ThreadPool::joinable_region() {
-  for (Region* region : regions_) {
+  for (Region* region = regions_.first(); region; region = region->next) {
     if (region->seats > 0 && !region->cursor.drained()) return region;
   }
   return nullptr;
@@ -107,9 +108,9 @@ ThreadPool::Region* ThreadPool::joinable_region() {
 void ThreadPool::worker_loop() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (workers_ <= most_workers()) {
-    if (!jobs_.empty()) {
-      Job* const job = jobs_.front();
-      jobs_.pop_front();
+    if (Job* const job = jobs_.first()) {
+      jobs_.remove(job);
+      --queued_;
       lock.unlock();
       job->run();
       lock.lock();
@@ -117,7 +118,10 @@ void ThreadPool::worker_loop() {
       --region->seats;
       ++region->helpers;
       lock.unlock();
-      region->work.work(region->cursor);
+      {
+        const BudgetScope scope(region->budget);
+        region->work.work(region->cursor);
+      }
       lock.lock();
       if (--region->helpers == 0) helper_left_.notify_all();
     } else {

@@ -5,11 +5,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
-#include <deque>
 #include <mutex>
-#include <vector>
 
 #include "core/backend.h"
+#include "core/budget.h"
+#include "core/queue.h"
 
 namespace sdpa {
 
@@ -44,8 +44,12 @@ struct Job {
   virtual ~Job() = default;
   /// Never throws; the job may be destroyed from inside run().
   virtual void run() = 0;
+
+  Job* next_job = nullptr;  // the pool's
 };
 
+/// Invariant: nothing here needs memory but the creation of a thread, and a call goes on without;
+/// and the first look at the pool of a GPU.
 class ThreadPool {
  public:
   static constexpr int kMaxThreads = 256;
@@ -78,8 +82,10 @@ class ThreadPool {
   struct Region {
     ParallelWork& work;
     TaskCursor& cursor;
+    Budget* budget;   // of its call
     int seats;        // how many more helpers may join
     int helpers = 0;  // how many are in it now
+    Region* next = nullptr;
   };
 
   ThreadPool() = default;
@@ -91,8 +97,9 @@ class ThreadPool {
 
   std::mutex mutex_;
   std::condition_variable work_available_, helper_left_;
-  std::vector<Region*> regions_;
-  std::deque<Job*> jobs_;
+  Queue<Region, &Region::next> regions_;
+  Queue<Job, &Job::next_job> jobs_;
+  size_t queued_ = 0;  // jobs
   int threads_ = 0, workers_ = 0, idle_ = 0;
 };
 

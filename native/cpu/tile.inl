@@ -83,9 +83,7 @@ inline void multiply_registers(const Product& p, int row, int column, Start star
   Floats sum[Rows][Vectors];
   float* const c = p.c + row * p.c_row + column;
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) {
-      sum[r][v] = start == Start::zero ? broadcast(0.0f) : load(c + r * p.c_row + v * kLanes);
-    }
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = broadcast(0.0f);
   }
   const float* a = p.a + row * p.a_row;
   const float* b = p.b + column;
@@ -100,7 +98,10 @@ inline void multiply_registers(const Product& p, int row, int column, Start star
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) store(c + r * p.c_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* const to = c + r * p.c_row + v * kLanes;
+      store(to, start == Start::zero ? sum[r][v] : add(load(to), sum[r][v]));
+    }
   }
 }
 
@@ -144,14 +145,14 @@ inline void multiply_carefully(const Product& p, Weight weight) {
   for (int row = 0; row < p.rows; ++row) {
     for (int v = 0; v < p.vectors; ++v) {
       float* const c = p.c + row * p.c_row + v * kLanes;
-      Floats sum = load(c);
+      Floats sum = broadcast(0.0f);
       for (int i = 0; i < p.count; ++i) {
         const Floats a = broadcast(p.a[row * p.a_row + i * p.a_step]);
         const Floats b = load(p.b + i * p.b_row + v * kLanes);
         const Mask idle = equal(weight == Weight::a ? a : b, broadcast(0.0f));
         sum = select(idle, sum, multiply_add(a, b, sum));
       }
-      store(c, sum);
+      store(c, add(load(c), sum));
     }
   }
 }
@@ -539,6 +540,13 @@ inline void drop_scores(const Call& call, const QueryBlock& q, KeyTile tile, flo
   }
 }
 
+/// A score less its row's lse. Only rounding takes it above 0, but that of scores of 1e9 by far:
+/// no weight may come out as more than 1. NaN stays.
+inline Floats at_most_zero(Floats x) {
+  const Floats zero = broadcast(0.0f);
+  return select(less(zero, x), zero, x);
+}
+
 /// exp(score - lse) for a tile: the softmax weights. An excluded key has weight 0, also in a row
 /// whose lse is -infinity or NaN.
 inline void weights_from_lse(const QueryBlock& q, KeyTile tile, const float* lse,
@@ -548,7 +556,7 @@ inline void weights_from_lse(const QueryBlock& q, KeyTile tile, const float* lse
     const Floats shift = select(equal(l, excluded), broadcast(0.0f), l);
     for (int k = 0; k < tile.count; ++k) {
       const int i = k * kQueryBlock + v * kLanes;
-      const Floats score = load(scores + i), weight = exponential(sub(score, shift));
+      const Floats score = load(scores + i), weight = exponential(at_most_zero(sub(score, shift)));
       store(weights + i, select(equal(score, excluded), broadcast(0.0f), weight));
     }
   }

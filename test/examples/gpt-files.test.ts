@@ -3,6 +3,7 @@
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { xoroshiro128plus } from 'pure-rand/generator/xoroshiro128plus';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { evaluationAttention } from '../../examples/gpt/attention';
 import { loadModel, save } from '../../examples/gpt/checkpoint';
@@ -168,6 +169,31 @@ describe('writing with a cache', () => {
       expect(Math.abs(counts[i] - count)).toBeLessThanOrEqual(5 * Math.sqrt(count));
     });
     expect(choose(logits, { temperature: 0, random })).toBe(2);
+  });
+
+  test('only the likeliest come where so many are wanted', () => {
+    const logits = Float32Array.of(0, Math.log(2), Math.log(5), Math.log(2), -3);
+    const [random] = randomStreams(2, 1);
+    const seen = (topK: number, taste = { temperature: 1, topK, random }) =>
+      [...new Set(Array.from({ length: 500 }, () => choose(logits, taste)))].sort();
+    expect(seen(1)).toEqual([2]);
+    expect(seen(2)).toEqual([1, 2, 3]); // 1 and 3 are as likely
+    expect(seen(4)).toEqual([0, 1, 2, 3]);
+    expect(seen(5)).toEqual([0, 1, 2, 3, 4]);
+    expect(seen(99)).toEqual([0, 1, 2, 3, 4]);
+  });
+
+  test("seeds have 64 bits, and below 2^32 are pure-rand's own", () => {
+    for (const seed of [0, 1, 77, 2 ** 31, 2 ** 32 - 1]) {
+      const source = xoroshiro128plus(seed);
+      source.jump();
+      expect(randomStreams(seed, 1)[0].getState()).toEqual(source.getState());
+      expect(randomStreams(BigInt(seed), 1)[0].getState()).toEqual(source.getState());
+    }
+    const states = [1n, 1n + 2n ** 32n, 1n + 2n ** 63n, 2n ** 64n - 1n].map(
+      (seed) => `${randomStreams(seed, 1)[0].getState()}`,
+    );
+    expect(new Set(states).size).toBe(4);
   });
 
   test('a cache holds what was appended while it grows', () => {

@@ -14,6 +14,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { measureCases } from '../../examples/gpt/experiment/noise';
+import { writeReport } from '../../examples/gpt/experiment/page';
 import { EVALUATED_EVERY, type Job, listJobs, RUN } from '../../examples/gpt/experiment/plan';
 import {
   appendRow,
@@ -162,6 +163,14 @@ describe('the report', () => {
     );
     expect(() => summarize(moved)).toThrow('weights, p = 0.3: its runs did not start as those');
     expect(() => summarize(listJobs(1).map(madeUpRow))).toThrow('two seeds at least');
+  });
+
+  test('docs/placement.md is what its result files say', () => {
+    const results = join(ROOT, 'docs/placement');
+    const { header, rows } = readResults(results);
+    const noise = JSON.parse(readFileSync(join(results, NOISE_FILE), 'utf8'));
+    const page = writeReport(header, rows, summarize(rows), noise);
+    expect(readFileSync(join(ROOT, 'docs/placement.md'), 'utf8')).toBe(page);
   });
 
   test('npm run report writes a page whose pictures and files are there', async () => {
