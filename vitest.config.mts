@@ -14,7 +14,7 @@ const hasEmulatedGpu = existsSync(join(emulated, 'build/Release/libsdpa_cuda.so'
 const ON_GPU = [
   'test/cuda/*.test.ts',
   'test/gpu/*.test.ts',
-  ...['conformance', 'dropout', 'splits'].map(fileOf),
+  ...['conformance', 'dropout', 'special-values', 'splits'].map(fileOf),
 ];
 
 function fileOf(name: string): string {

@@ -158,7 +158,7 @@ SDPA_DEVICE void differentiate_softcap(const float (&slopes)[kTiles][4],
 /// the gradient of the scores, before the softcap's derivative, which `slopes` gets.
 template <typename S>
 SDPA_DEVICE void query_tile(const BackwardCall& g, const ForwardBlock& k, uint32_t warp_row,
-                            uint32_t first_key, const BackwardTiles<S>& tiles,
+                            uint32_t first_key, const BackwardTiles<S>& tiles, bool careful,
                             const float (&lse)[2], const float (&delta)[2],
                             ScoreFragment<S>& weights, ScoreFragment<S>& grads,
                             float (&slopes)[S::kKeyTiles][4]) {
@@ -167,7 +167,7 @@ SDPA_DEVICE void query_tile(const BackwardCall& g, const ForwardBlock& k, uint32
   const Problem& p = call.problem;
   KeepTile<S> keep;
   draw_tile<S>(f, k, warp_row, first_key, keep);
-  multiply_queries<S>(f, k, warp_row, tiles.owned, tiles.tile, weights);
+  multiply_queries<S>(f, k, warp_row, first_key, tiles.owned, tiles.tile, careful, weights);
   if (p.softcap > 0) {
     float copy[S::kKeyTiles][4];
     copy_fragment(weights[0], copy);
@@ -274,7 +274,7 @@ SDPA_DEVICE void accumulate_query_gradient(const BackwardCall& g, const ForwardB
     sync_block();
     ScoreFragment<S> weights, grads;
     float slopes[S::kKeyTiles][4];
-    query_tile<S>(g, k, warp_row, first, tiles, lse, delta, weights, grads, slopes);
+    query_tile<S>(g, k, warp_row, first, tiles, careful, lse, delta, weights, grads, slopes);
     if (p.softcap > 0) differentiate_softcap(slopes, grads[0]);
     uint32_t operand[S::kKeys / 16][S::kWeightTerms][4];
     to_operand<S::kHalf>(grads[0], operand);
@@ -375,7 +375,7 @@ SDPA_OUTLINE void score_keys(const BackwardCall& g, const KeyBlock& k, uint32_t 
 /// For the warp's 16 keys and a tile of queries of a head: what query_tile gives, transposed.
 template <typename S>
 SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t warp_key,
-                          uint32_t head, uint32_t first_query, bool all_seen,
+                          uint32_t head, uint32_t first_query, bool all_seen, bool careful,
                           const BackwardTiles<S>& tiles, ScoreFragment<S>& weights,
                           ScoreFragment<S>& grads) {
   const Call& call = g.forward.call;
@@ -406,6 +406,12 @@ SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t war
         }
       },
       tiles.tile, weights);
+  if (careful) {
+    const Rows keys = key_rows(call, k.b, k.kv_head, k.first_key, p.key_length - k.first_key);
+    const Rows queries =
+        query_side_rows(p, call.inputs.query, p.head_dim, k.b, head, first_query, S::kKeys);
+    repair_tile<S>(keys, warp_key, queries, weights);
+  }
   float slopes[S::kKeyTiles][4];
   if (all_seen && p.mask_type == MaskType::none && p.softcap == 0) {
     SDPA_UNROLL
@@ -485,7 +491,7 @@ SDPA_DEVICE void add_queries(const BackwardCall& g, const KeyBlock& k, uint32_t 
     sync_block();
   }
   ScoreFragment<S> weights, grads;
-  key_tile<S>(g, k, warp_key, head, first_query, all_seen, tiles, weights, grads);
+  key_tile<S>(g, k, warp_key, head, first_query, all_seen, careful, tiles, weights, grads);
   uint32_t weight_operand[S::kKeys / 16][S::kWeightTerms][4];
   uint32_t grad_operand[S::kKeys / 16][S::kWeightTerms][4];
   SDPA_UNROLL

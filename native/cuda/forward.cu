@@ -27,9 +27,9 @@ SDPA_KERNEL(kCombineWarps* kLanes, 1) combine_splits(const SDPA_PARAMETER Forwar
   };
   float top = -SDPA_INFINITY, sum = 0;
   for (uint32_t s = 0; s < splits; ++s) top = fmaxf(top, f.partial_sums[2 * part(s)]);
-  const float shift = top == -SDPA_INFINITY ? 0.0f : top * kLog2E;
+  const float shift = top == -SDPA_INFINITY ? 0.0f : top;
   const auto factor = [&](uint32_t s) {
-    return exp2_fast(fmaf(f.partial_sums[2 * part(s)], kLog2E, -shift));
+    return exp2_fast((f.partial_sums[2 * part(s)] - shift) * kLog2E);
   };
   // As everywhere, a weight of 0 adds nothing; but a split that saw a NaN makes the row NaN.
   const auto is_idle = [&](uint32_t s) {

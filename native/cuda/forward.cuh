@@ -207,19 +207,56 @@ SDPA_DEVICE void multiply_tile(uint32_t depth, const LoadA& load_a, const B& til
   }
 }
 
-/// scores = query . key for the warp's rows.
+/// Computes anew, in float32, what came out as NaN of rows `first` on times columns. Where operands
+/// are split, an infinity meets terms of both signs; its own sign is what counts. The products are
+/// an array of the caller's, not registers.
+template <int kTiles, typename RowsA, typename RowsB>
+SDPA_OUTLINE void repair_products(const RowsA& rows, uint32_t first, const RowsB& columns,
+                                  float (*products)[4]) {
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < 4 * kTiles; ++i) {
+    const uint32_t row = first + lane_index() / 4 + 8 * (i % 4 / 2);
+    const uint32_t column = 8 * (i / 4) + 2 * (lane_index() % 4) + i % 2;
+    float& product = products[i / 4][i % 4];
+    if (row >= rows.count || column >= columns.count || !is_nan(product)) continue;
+    product = 0;
+    SDPA_NO_UNROLL
+    for (uint32_t d = 0; d < rows.width; ++d) {
+      product = fmaf(rows.at(row, d), columns.at(column, d), product);
+    }
+  }
+}
+
+/// The same for a fragment in registers.
+template <typename S, typename RowsA, typename RowsB>
+SDPA_DEVICE void repair_tile(const RowsA& rows, uint32_t first, const RowsB& columns,
+                             ScoreFragment<S>& products) {
+  if constexpr (S::kTerms > 1) {
+    SDPA_UNROLL
+    for (int r = 0; r < S::kRowSets; ++r) {
+      float copy[S::kKeyTiles][4];
+      copy_fragment(products[r], copy);
+      repair_products<S::kKeyTiles>(rows, first + 16 * r, columns, copy);
+      copy_fragment(copy, products[r]);
+    }
+  }
+}
+
+/// scores = query . key for the warp's rows. `careful`: also where one of them is not finite.
 template <typename S>
 SDPA_DEVICE void multiply_queries(const ForwardCall& f, const ForwardBlock& k, uint32_t warp_row,
-                                  const typename S::KeyTile& queries,
-                                  const typename S::KeyTile& keys, ScoreFragment<S>& scores) {
-  const Problem& p = f.call.problem;
+                                  uint32_t first_key, const typename S::KeyTile& queries,
+                                  const typename S::KeyTile& keys, bool careful,
+                                  ScoreFragment<S>& scores) {
+  const Call& call = f.call;
+  const Problem& p = call.problem;
   const auto load_a = [&](int r, uint32_t s, uint32_t(&a)[S::kTerms][4]) {
     if constexpr (S::kWide) {
       gather_a<S::kHalf>(a, s, [&](int half, uint32_t column) {
         const uint32_t row = k.first_row + warp_row + lane_index() / 4 + 8 * half;
         if (row >= f.rows || column >= p.head_dim) return 0.0f;
-        const Rows rows = query_side_rows(p, f.call.inputs.query, p.head_dim, k.b,
-                                          k.head_of(p, row), row % p.query_length, 1);
+        const Rows rows = query_side_rows(p, call.inputs.query, p.head_dim, k.b, k.head_of(p, row),
+                                          row % p.query_length, 1);
         return rows.at(0, column);
       });
     } else {
@@ -227,6 +264,11 @@ SDPA_DEVICE void multiply_queries(const ForwardCall& f, const ForwardBlock& k, u
     }
   };
   multiply_tile<S>(p.head_dim, load_a, keys, scores);
+  if (careful) {
+    const GroupedRows rows =
+        GroupedRows::of(p, call.inputs.query, p.head_dim, k.b, k.first_head, k.first_row, f.rows);
+    repair_tile<S>(rows, warp_row, key_rows(call, k.b, k.kv_head, first_key, S::kKeys), scores);
+  }
 }
 
 /// The decisions for 16 rows of the block and 8 * kTiles columns.
@@ -335,8 +377,14 @@ SDPA_DEVICE void drop_tile(const KeepTile<S>& keep, float dropped, ScoreFragment
   for (int r = 0; r < S::kRowSets; ++r) drop(keep[r], dropped, fragment[r]);
 }
 
+/// Scores whose rounding shows in exp(score - maximum).
+constexpr float kLargeScore = 0x1p10f;
+
 /// One step of the online softmax: scores become exp(score - maximum), sums and maxima move on.
 /// Returns what the context so far is to be multiplied by.
+///
+/// Scores less their maximum are brought to units of log2(e) by one fma, which rounds the maximum
+/// in them; of a large one more than that the scores differ by, so it is taken off before.
 template <typename S>
 SDPA_DEVICE void softmax_step(ForwardState<S>& state, ScoreFragment<S>& scores,
                               float (&correction)[S::kRowSets][2]) {
@@ -350,8 +398,17 @@ SDPA_DEVICE void softmax_step(ForwardState<S>& state, ScoreFragment<S>& scores,
         top = fmaxf(top, fmaxf(scores[r][j][2 * h], scores[r][j][2 * h + 1]));
       }
       top = quad_max(top);
-      const float shift = top == -SDPA_INFINITY ? 0.0f : top * kLog2E;
-      correction[r][h] = exp2_fast(fmaf(state.row_max[r][h], kLog2E, -shift));
+      const bool is_large = fabsf(top) > kLargeScore && is_finite(top);
+      if (is_large) {
+        SDPA_UNROLL
+        for (int j = 0; j < S::kKeyTiles; ++j) {
+          SDPA_UNROLL
+          for (int e = 2 * h; e < 2 * h + 2; ++e) scores[r][j][e] -= top;
+        }
+      }
+      const float shift = is_large || top == -SDPA_INFINITY ? 0.0f : top * kLog2E;
+      const float before = state.row_max[r][h] - (is_large ? top : 0.0f);
+      correction[r][h] = exp2_fast(fmaf(before, kLog2E, -shift));
       state.row_max[r][h] = top;
       const float raise = S::kWeightShift - shift;
       float sum = 0;
@@ -512,7 +569,8 @@ SDPA_DEVICE void load_queries(const ForwardCall& f, const ForwardBlock& k,
 }
 
 /// Runs over all tiles that the block sees: leaves sums, maxima and the context not yet divided.
-/// `careful`: values that are not finite are kept from rows whose weight for them is 0.
+/// `careful`: values that are not finite are kept from rows whose weight for them is 0, and scores
+/// of what is not finite have their sign.
 template <typename S>
 SDPA_DEVICE void accumulate(const ForwardCall& f, const ForwardBlock& k, uint32_t warp_row,
                             bool has_rows, const ForwardTiles<S>& tiles, bool careful,
@@ -552,7 +610,7 @@ SDPA_DEVICE void accumulate(const ForwardCall& f, const ForwardBlock& k, uint32_
     if (has_rows) {
       KeepTile<S> keep;  // drawn while few registers are in use
       draw_tile<S>(f, k, warp_row, first, keep);
-      multiply_queries<S>(f, k, warp_row, tiles.queries, tiles.keys, scores);
+      multiply_queries<S>(f, k, warp_row, first, tiles.queries, tiles.keys, careful, scores);
       apply_rules<S>(f, k, warp_row, first, scores);
       if (call.drops(Placement::scores)) drop_tile<S>(keep, -SDPA_INFINITY, scores);
       softmax_step<S>(state, scores, correction);

@@ -77,7 +77,7 @@ SDPA_DEVICE void gather_mask_gradient(const MaskGradientCall& m, const MaskTask&
     sync_block();
     ScoreFragment<S> weights, grads;
     float slopes[S::kKeyTiles][4];
-    query_tile<S>(g, k, warp_row, first, tiles, lse, delta, weights, grads, slopes);
+    query_tile<S>(g, k, warp_row, first, tiles, true, lse, delta, weights, grads, slopes);
     const bool valid[2] = {first_query + warp_row + lane_index() / 4 < p.query_length,
                            first_query + warp_row + lane_index() / 4 + 8 < p.query_length};
     SDPA_UNROLL

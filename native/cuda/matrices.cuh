@@ -33,7 +33,7 @@ SDPA_DEVICE void write_tile(const ForwardCall& f, const ForwardBlock& k, uint32_
                             uint32_t first_key, const ForwardTiles<S>& tiles) {
   const Call& call = f.call;
   ScoreFragment<S> scores;
-  multiply_queries<S>(f, k, warp_row, tiles.queries, tiles.keys, scores);
+  multiply_queries<S>(f, k, warp_row, first_key, tiles.queries, tiles.keys, true, scores);
   apply_rules<S>(f, k, warp_row, first_key, scores);
   store_scores<S>(f, k, warp_row, first_key, scores, f.outputs.scores);
   KeepTile<S> keep;

@@ -197,10 +197,12 @@ SDPA_DEVICE float score_of(const Call& call, const MaskView& mask, float product
 }
 
 /// exp(score - lse). An excluded key has weight 0, also in a row whose lse is -infinity or NaN.
+/// Only rounding takes a score above lse, but that of scores of 1e9 by far: no weight may come out
+/// as more than 1.
 SDPA_DEVICE float weight_from_lse(float score, float lse) {
   if (score == -SDPA_INFINITY) return 0.0f;
-  const float shift = lse == -SDPA_INFINITY ? 0.0f : lse;
-  return exp2_fast(fmaf(score, kLog2E, -shift * kLog2E));
+  const float above = score - (lse == -SDPA_INFINITY ? 0.0f : lse);
+  return exp2_fast((above > 0 ? 0.0f : above) * kLog2E);
 }
 
 }  // namespace sdpa::cuda
