@@ -5,7 +5,9 @@ import type { Call } from './problem';
 
 /**
  * A call of attention that has ended, as the channel `node-sdpa:call` of node:diagnostics_channel
- * publishes it. Where nobody subscribes nothing is measured. Each thread has channels of its own.
+ * publishes it. Where nobody subscribes nothing is measured. Each thread has channels of its own. Of
+ * a call that `'auto'` brings to a GPU that fails there are two: the GPU's, and that of the CPU in its
+ * place.
  *
  * @example
  * ```js
@@ -25,7 +27,7 @@ import type { Call } from './problem';
 export interface CallMessage {
   /** Which of an operation's two */
   readonly pass: 'forward' | 'backward';
-  /** What computed, such as `'cpu:avx2'` */
+  /** What computed, such as `'cpu:avx2'` or `'cuda'` */
   readonly backend: string;
   /** From the call to its end; of an asynchronous one with its wait for a thread */
   readonly milliseconds: number;

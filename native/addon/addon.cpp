@@ -40,8 +40,6 @@ ArrayKind kind_of(napi_typedarray_type type) {
   }
 }
 
-using SharedDeviceMemory = std::shared_ptr<DeviceMemory>;
-
 /// A typed array, or memory of a GPU; that lives as long as `held`, whatever JavaScript does.
 Array array_of(Napi::Env env, napi_value value, SharedDeviceMemory* held = nullptr) {
   Array array;

@@ -1,6 +1,7 @@
 // Memory of a GPU as a JavaScript object.
 #include "addon/device_memory.h"
 
+#include <memory>
 #include <string>
 
 #include "addon/callback.h"
@@ -16,11 +17,11 @@ constexpr napi_type_tag kTag = {0x6e6f64652d736470, 0x6465766963656d65};
 
 /// What a JavaScript object holds; empty once it is released.
 struct Handle {
-  std::shared_ptr<DeviceMemory> memory;
+  SharedDeviceMemory memory;
   int64_t counted_bytes;
 
   void release(napi_env env) {
-    memory.reset();
+    memory = SharedDeviceMemory();
     int64_t total;
     napi_adjust_external_memory(env, -counted_bytes, &total);
     counted_bytes = 0;
@@ -45,7 +46,7 @@ Handle& expect_handle(Napi::Env env, napi_value value) {
   return *handle;
 }
 
-napi_value wrap(Napi::Env env, std::shared_ptr<DeviceMemory> memory, size_t counted_bytes) {
+napi_value wrap(Napi::Env env, SharedDeviceMemory memory, size_t counted_bytes) {
   Napi::Object object = Napi::Object::New(env);
   object.Set("device", memory->device());
   object.Set("bytes", double(memory->bytes()));
@@ -111,7 +112,7 @@ std::string name_of(int device) { return device == 0 ? "cuda" : "cuda:" + std::t
 napi_value device_allocate(Napi::Env env, const napi_value* values) {
   const int device = read_device(env, values[0]);
   const size_t bytes = read_bytes(env, values[1]);
-  auto memory = std::make_shared<DeviceMemory>(device, bytes);
+  SharedDeviceMemory memory(device, bytes);
   const Status status = memory->allocate();
   if (status.code == StatusCode::out_of_memory) {
     const cuda::MemoryUse use = cuda_plugin().functions->memory_use(device);
@@ -149,9 +150,9 @@ napi_value device_memory_use(Napi::Env env, const napi_value* values) {
 
 }  // namespace
 
-std::shared_ptr<DeviceMemory> device_memory_of(Napi::Env env, napi_value value) {
+SharedDeviceMemory device_memory_of(Napi::Env env, napi_value value) {
   const Handle* const handle = handle_of(env, value);
-  if (!handle) return nullptr;
+  if (!handle) return {};
   if (!handle->memory) fail(env, "memory of a GPU was used after its release");
   return handle->memory;
 }

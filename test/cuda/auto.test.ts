@@ -1,5 +1,6 @@
 // What 'auto' does where there is a GPU: it takes calls there that are worth the way, and computes on
 // the CPU whatever fails there.
+import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import { describe, expect, test } from 'vitest';
 import { selectForCall } from '../../lib/backends';
 import { prefersGpu } from '../../lib/cost-model';
@@ -8,6 +9,7 @@ import {
   attentionForward,
   attentionForwardSync,
   backendInfo,
+  type CallMessage,
   setNumThreads,
   Tensor,
 } from '../../lib/index';
@@ -68,6 +70,20 @@ describe('auto', () => {
       expect(Buffer.compare(bytes(out), bytes(wanted.output))).toBe(0);
       out.data.fill(0);
     }
+  });
+
+  test('tells the channel of the call that failed, and of the one in its place', async () => {
+    const told: CallMessage[] = [];
+    const listen = (message: unknown) => void told.push(message as CallMessage);
+    const tensor = wave(1, LARGE);
+    subscribe('node-sdpa:call', listen);
+    await withFault('1:999', () => attentionForward(tensor, tensor, tensor));
+    unsubscribe('node-sdpa:call', listen);
+    const { selected } = backendInfo();
+    expect(told.map(({ backend, error }) => [backend, error === null])).toEqual([
+      ['cuda', false],
+      [selected, true],
+    ]);
   });
 });
 

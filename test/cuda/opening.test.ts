@@ -156,6 +156,18 @@ describe('SDPA_CUDA_MEMORY_LIMIT', () => {
   });
 });
 
+test('SDPA_MAX_BYTES counts results on a GPU', async () => {
+  const result = await runProgram('gpu-bytes', { env: { SDPA_MAX_BYTES: '10000' } });
+  expect(result).toEqual({
+    backend: 'cuda',
+    refused: {
+      code: 'ERR_SDPA_OUT_OF_MEMORY',
+      message: 'The call needs 18688 bytes, and SDPA_MAX_BYTES allows it 10000',
+    },
+    grows: 0,
+  });
+});
+
 test('SDPA_BACKEND=cuda makes it the default', async () => {
   const { auto } = await runProgram('gpu-probe', { env: { SDPA_BACKEND: 'cuda' } });
   expect(auto).toBe('cuda');
