@@ -148,7 +148,7 @@ export function weaknessesOf(file) {
   const exported = [...(symbols ?? '').matchAll(/(?:GLOBAL|WEAK) +DEFAULT +\d+ (\S+)$/gm)];
   const foreign = exported
     .map(([, name]) => name)
-    .filter((name) => !/^(napi|node_api)_/.test(name ?? ''));
+    .filter((name) => name !== PLUGIN.exported && !/^(napi|node_api)_/.test(name ?? ''));
   /** @type {[string, boolean][]} */
   const checks = [
     ['no GNU_RELRO segment', !/GNU_RELRO/.test(segments ?? '')],
