@@ -485,11 +485,12 @@ struct AmxBackwardWork final : ParallelWork, BackwardCall {
     const size_t keys = (most_chunk_keys(p) + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
     AmxBackwardBuffers f;
     if (!f.allocate(call, keys, Terms)) return;
-    const FlushDenormals flush;
+    const Denormals flush(Denormals::flushed);
     configure_tiles();
     for (size_t number; cursor.next(number);) {
       const ChunkTask task = chunk_task(p, number);
       if (backward_chunk_amx<Terms>(*this, task, f)) {
+        const Denormals keep(Denormals::kept);
         backward_task(*this, task, f.vector);
       } else {
         store_key_gradients(*this, task, f.vector);
