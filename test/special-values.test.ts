@@ -215,9 +215,29 @@ describe.each(BACKENDS)('%s, scores of a size whose rounding is large', (backend
   });
 });
 
-describe.each(BACKENDS)('%s, queries below the normal range against infinite keys', (backend) => {
+describe.each(BACKENDS)('%s, an infinite score of a row that drops all its weights', (backend) => {
+  test.each([Infinity, -Infinity])('%d is seen in lse', (poison) => {
+    const shape = [1, 1, 1, 49, 3, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 99, shape, options: {} });
+    const options = { dropoutP: 1, dropoutPlacement: 'weights' as const };
+    const call = representable({ ...base, key: poisoned(base.key, [0, 1, 2], poison), options });
+    expectOutcome(call, run(runner(backend), call));
+  });
+});
+
+describe.each(BACKENDS)('%s, queries below the normal range', (backend) => {
+  test('are not lost before a scale that makes much of them', () => {
+    const shape = [1, 1, 1, 20, 70, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 93, shape, options: {} });
+    const query = { ...base.query, data: Array.from(base.query.data, (x) => x * 2 ** -130) };
+    const call = representable({ ...base, query, options: { scale: 2 ** 127 } });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    expect(outcome.scores.every((x) => x !== 0)).toBe(true);
+  });
+
   // Their scores are infinite, not 0 times infinity.
-  test('an infinite score stays one', () => {
+  test('against infinite keys: an infinite score stays one', () => {
     const shape = [1, 1, 1, 20, 3, 16, 16] as const;
     const base = namedTensors({ name: '', seed: 97, shape, options: {} });
     const query = { ...base.query, data: Array.from(base.query.data, (x) => Math.abs(x) * 2e-42) };

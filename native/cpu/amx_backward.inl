@@ -156,6 +156,7 @@ inline void pack_both(const float* channels, float scale, const float* rows, siz
 /// dropout), lse and Delta. A block without queries brings zeros.
 template <int Terms>
 inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block) {
+  const Denormals keep(Denormals::kept);  // the scale may make much of them
   const Problem& p = k.problem();
   BackwardBuffers& v = k.f.vector;
   load_backward_queries(k.call(), q, k.work.tensors, v);

@@ -678,6 +678,7 @@ inline bool too_large(const Floats* sums) {
 /// backward pass: one factor, rounded, would shift all scores, and large ones by much.
 template <int Terms>
 inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* copy, uint8_t* to) {
+  const Denormals keep(Denormals::kept);  // the scale may make much of them
   alignas(64) float channels[kTileSide * kTileSide];
   const Floats by = broadcast(scale), log2e = broadcast(kLog2E);
   size_t stride;
@@ -717,9 +718,12 @@ inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, u
       store(v.context + i, add(load(before + i), load(v.context + i)));
     }
   }
-  const bool holds_nan = normalise_context(call, k.q, v);
-  return holds_nan ||
-         any(beyond_units(load(k.sum.minus_max)) | beyond_units(load(k.sum.minus_max + kLanes)));
+  bool again = normalise_context(call, k.q, v);
+  for (int lane = 0; lane < kQueryBlock; lane += kLanes) {
+    const Floats sums = load(k.sum.sums + lane);  // NaN also where p = 1 drops all that shows it
+    again |= any(beyond_units(load(k.sum.minus_max + lane)) | Mask(~equal(sums, sums)));
+  }
+  return again;
 }
 
 inline void compute_again(const Call& call, const QueryBlock& q, ForwardBuffers& v) {
