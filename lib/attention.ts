@@ -504,9 +504,9 @@ function forwardSync(call: Call, withLse: boolean): ForwardOutputs {
  * Whether the caller's `out` has to wait for the end: what is stopped, or gets no memory for a later
  * part of several, leaves its output half written.
  */
-function isAside({ outData, signal, sequences, keyBlocks, problem }: Call): boolean {
+function isAside({ outData, signal, sequences, keyBlocks }: Call): boolean {
   if (outData === null) return false;
-  return signal !== undefined || sequences !== null || keyBlocks !== null || problem.samples > 0;
+  return signal !== undefined || sequences !== null || keyBlocks !== null;
 }
 
 function withOut(call: Call, outputs: ForwardOutputs): ForwardOutputs {

@@ -738,6 +738,7 @@ inline void finish_samples(const Call& call, const AmxBlock& k, const AmxResults
   const SampleGroup group = results.group;
   if (call.dropout.placement == Placement::context) {
     if (take_context(call, k, 0, 1, v)) compute_again(call, k.q, v);
+    const Denormals keep(Denormals::kept);  // the least outputs have moments
     return store_context_samples(call, k.q, group, *results.samples, v, f.samples.dropped);
   }
   for (uint32_t s = 0; s < group.count; ++s) {
