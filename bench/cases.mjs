@@ -68,6 +68,15 @@ export const PEER_CASES = [
   define('1x32x1024x128', 'backward', { isBackward: true }),
 ];
 
+/** Whose errors are compared with those of other libraries: 64 queries, and more and more keys. */
+export const ERROR_CASES = [128, 1024, 4096, 16384, 65536].flatMap((keyLength) => {
+  const sizes = { batch: 1, heads: 2, queryLength: 64, keyLength, headDim: 64, options: {} };
+  return [false, true].map((isBackward) => {
+    const name = `${keyLength} keys${isBackward ? ', gradients' : ''}`;
+    return { name, ...sizes, isBackward };
+  });
+});
+
 /** Floating-point operations of one call, by the usual count. @param {Case} problem */
 export function countFlops({ batch, heads, queryLength, keyLength, headDim, options, isBackward }) {
   const pairs = queryLength * keyLength * (options.isCausal ? 0.5 : 1);

@@ -18,12 +18,17 @@ import { parseArgs } from 'node:util';
 import { backendInfo } from 'node-sdpa';
 import { root } from '../tools/build-native.mjs';
 import { PEER_CASES } from './cases.mjs';
-import { compare, measureMemory, nameProcess, withInputs } from './peers/compare.mjs';
+import {
+  compare,
+  measureMemory,
+  nameProcess,
+  startLibraries,
+  withInputs,
+} from './peers/compare.mjs';
 import { installPeers } from './peers/install.mjs';
-import { Library } from './peers/library.mjs';
 import { measurePeaks, measureRead } from './peers/peak.mjs';
 import { describeRun, writeResults } from './peers/results.mjs';
-import { asksMemory, commandOf, isThreaded, listKinds, nameSubject } from './peers/subjects.mjs';
+import { asksMemory, isThreaded, listKinds, nameSubject } from './peers/subjects.mjs';
 import { caseTable } from './peers/tables.mjs';
 import { describeMachine } from './report.mjs';
 
@@ -56,9 +61,7 @@ if (cases.length === 0 || kinds.length === 0) {
 }
 
 installPeers();
-/** @type {Record<string, string>} */
-const versions = {};
-const libraries = await startLibraries();
+const { libraries, versions } = await startLibraries(kinds);
 const machine = describeMachine(backendInfo().version);
 const run = { machine, versions, peaks: measurePeaks(), effort, reusesOutput };
 console.log(`${describeRun(run).join('\n')}\n`);
@@ -78,29 +81,6 @@ function defaultFolder() {
 /** Whether a name has any of the parts in it. @param {string} name @param {string} parts */
 function isNamed(name, parts) {
   return parts.split(',').some((part) => name.includes(part.trim()));
-}
-
-/** A process for each setting of each library that is here. */
-async function startLibraries() {
-  /** @type {Map<string, Library>} */
-  const started = new Map();
-  for (const kind of kinds) {
-    const name = nameProcess(kind);
-    if (started.has(name)) continue;
-    const command = commandOf(kind.library);
-    if (command === null) {
-      console.log(`${kind.library} is left out: it is not on this machine.`);
-      continue;
-    }
-    const library = new Library(command);
-    try {
-      versions[kind.library] = (await library.ask('describe')).version;
-      started.set(name, library);
-    } catch (error) {
-      console.log(`${name} is left out: ${/** @type {Error} */ (error).message}.`);
-    }
-  }
-  return started;
 }
 
 /** @param {Case} problem */

@@ -556,10 +556,10 @@ function onFallback(call: Call): Call {
  * Whether the caller's `out` has to wait for the end: what is stopped, or gets no memory for a later
  * part of several, or is on a GPU that fails, leaves its output half written.
  */
-function isAside({ outData, signal, sequences, keyBlocks, problem, backend }: Call): boolean {
+function isAside({ outData, signal, sequences, keyBlocks, backend }: Call): boolean {
   if (outData === null) return false;
   if (signal !== undefined || backend.name.startsWith('cuda')) return true;
-  return sequences !== null || keyBlocks !== null || problem.samples > 0;
+  return sequences !== null || keyBlocks !== null;
 }
 
 /** Gives arrays that nobody will see back to a GPU; host memory is collected. */

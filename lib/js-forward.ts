@@ -212,7 +212,8 @@ export class ForwardPass {
     for (let row = 0; row < tile.rows; row++) {
       const sum = this.rowSum[row];
       const start = row * rowStep;
-      if (rowHasWeight[row] === 0 || scale === 0) {
+      // A NaN among a row's scores makes all its weights NaN, also where none but 0 seems left.
+      if ((rowHasWeight[row] === 0 && !Number.isNaN(sum)) || scale === 0) {
         data.fill(0, start, start + rowStep);
       } else {
         const factor = scale / sum;

@@ -319,7 +319,8 @@ export interface AttentionOptions {
   readonly backend?: BackendName;
   /**
    * Takes the output in place of a new tensor: of the query's type and the output's shape, not
-   * overlapping any input. It is untouched where the call fails.
+   * overlapping any input. It is untouched where the call fails, unless memory runs out half-way
+   * through `samples`.
    */
   readonly out?: Tensor;
   /** Stops an asynchronous call: it rejects with an AbortError, `ERR_SDPA_ABORTED` */

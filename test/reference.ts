@@ -381,7 +381,7 @@ function scoreRow(s: State, row: number): void {
     if (cap > 0) {
       const t = Math.tanh(score / cap);
       const rawError = Math.abs(score) === Infinity ? 0 : error; // tanh of it is exact
-      const tanhError = Math.min(rawError / cap, 1) + TANH;
+      const tanhError = Math.min(rawError / cap, 1 + Math.abs(t)) + TANH;
       s.slope.values[at] = 1 - t * t;
       s.slope.error[at] = 2 * Math.abs(t) * tanhError + tanhError ** 2 + 4 * U;
       score = cap * t;

@@ -215,6 +215,62 @@ describe.each(BACKENDS)('%s, scores of a size whose rounding is large', (backend
   });
 });
 
+describe.each(BACKENDS)('%s, an infinite score of a row that drops all its weights', (backend) => {
+  test.each([Infinity, -Infinity])('%d is seen in lse', (poison) => {
+    const shape = [1, 1, 1, 49, 3, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 99, shape, options: {} });
+    const options = { dropoutP: 1, dropoutPlacement: 'weights' as const };
+    const call = representable({ ...base, key: poisoned(base.key, [0, 1, 2], poison), options });
+    expectOutcome(call, run(runner(backend), call));
+  });
+});
+
+describe.each(BACKENDS)('%s, queries below the normal range', (backend) => {
+  test('are not lost before a scale that makes much of them', () => {
+    const shape = [1, 1, 1, 20, 70, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 93, shape, options: {} });
+    const query = { ...base.query, data: Array.from(base.query.data, (x) => x * 2 ** -130) };
+    const call = representable({ ...base, query, options: { scale: 2 ** 127 } });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    expect(outcome.scores.every((x) => x !== 0)).toBe(true);
+  });
+
+  // Their scores are infinite, not 0 times infinity.
+  test('against infinite keys: an infinite score stays one', () => {
+    const shape = [1, 1, 1, 20, 3, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 97, shape, options: {} });
+    const query = { ...base.query, data: Array.from(base.query.data, (x) => Math.abs(x) * 2e-42) };
+    const key = poisoned(base.key, [0, 2], -Infinity);
+    const call = representable({ ...base, query, key, options: {} });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    for (let row = 0; row < 20; row++) {
+      expect(Array.from(outcome.weights.slice(3 * row, 3 * row + 3))).toEqual([0, 1, 0]);
+    }
+  });
+});
+
+describe.each(BACKENDS)('%s, a NaN score that is dropped', (backend) => {
+  // As is the largest score: what is kept has the weight 0, before it is divided by a sum of NaN.
+  test.each([1, 20])('leaves its row NaN: %i rows', (rows) => {
+    const shape = [1, 1, 1, rows, 4, 16, 16] as const;
+    const base = namedTensors({ name: '', seed: 98, shape, options: {} });
+    const keep = Uint8Array.from({ length: 4 * rows }, (_, i) => +(i % 4 === 0 || i % 4 === 3));
+    const options: ReferenceOptions = {
+      attnMask: { data: [-1e30, 0, 0, -1e30], dims: [4] },
+      dropoutP: 0.5,
+      dropoutPlacement: 'weights',
+      keepMask: { data: keep, dims: [1, 1, rows, 4] },
+    };
+    const key = poisoned(base.key, [1], Number.NaN);
+    const call = representable({ ...base, key, options });
+    const outcome = run(runner(backend), call);
+    expectOutcome(call, outcome);
+    expect(outcome.output.every(Number.isNaN)).toBe(true);
+  });
+});
+
 describe.each(BACKENDS)('%s, the least float as a bias', (backend) => {
   // As masks for padding have it: it hides a key beside others, and where it is all that a row has,
   // the row is the average of its values.

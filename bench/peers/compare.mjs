@@ -19,6 +19,34 @@ import { commandOf, nameSubject } from './subjects.mjs';
 /** @typedef {{error: number, times: number[], spentMs: number}} State */
 /** @typedef {{id: string, subject: Subject} & State} Run */
 
+/**
+ * A process for each setting of each library that is here.
+ * @param {import('./subjects.mjs').Kind[]} kinds
+ */
+export async function startLibraries(kinds) {
+  /** @type {Libraries} */
+  const libraries = new Map();
+  /** @type {Record<string, string>} */
+  const versions = {};
+  for (const kind of kinds) {
+    const name = nameProcess(kind);
+    if (libraries.has(name)) continue;
+    const command = commandOf(kind.library);
+    if (command === null) {
+      console.log(`${kind.library} is left out: it is not on this machine.`);
+      continue;
+    }
+    const library = new Library(command);
+    try {
+      versions[kind.library] = (await library.ask('describe')).version;
+      libraries.set(name, library);
+    } catch (error) {
+      console.log(`${name} is left out: ${/** @type {Error} */ (error).message}.`);
+    }
+  }
+  return { libraries, versions };
+}
+
 /** Each setting of a library has a process. @param {{library: string, setting: string}} subject */
 export function nameProcess({ library, setting }) {
   return `${library} ${setting}`;

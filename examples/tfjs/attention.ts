@@ -55,7 +55,7 @@ export interface MultiHeadAttentionConfig {
   readonly placement?: DropoutPlacement;
   /** Whether a token sees earlier tokens only. Default: true */
   readonly isCausal?: boolean;
-  /** Where the masks start. Default: another place each time */
+  /** Of the masks and of the initial weights. Default: others each time */
   readonly seed?: number;
   readonly name?: string;
 }
@@ -80,9 +80,11 @@ export class MultiHeadAttention extends layers.Layer {
     if (width % this.#config.heads !== 0) {
       throw new RangeError(`${width} channels are not a multiple of ${this.#config.heads} heads`);
     }
-    this.#weights = ['query', 'key', 'value', 'output'].map((name) =>
-      this.addWeight(name, [width, width], 'float32', initializers.glorotUniform({})),
-    );
+    const { seed } = this.#config;
+    this.#weights = ['query', 'key', 'value', 'output'].map((name, i) => {
+      const initial = initializers.glorotUniform(seed === undefined ? {} : { seed: seed + i + 1 });
+      return this.addWeight(name, [width, width], 'float32', initial);
+    });
     this.built = true;
   }
 

@@ -4,7 +4,7 @@
 //   npm run build && node --import tsx examples/tfjs/main.ts [scores | weights | context]
 import '@tensorflow/tfjs-backend-cpu';
 import * as tf from '@tensorflow/tfjs-core';
-import { layers, sequential } from '@tensorflow/tfjs-layers';
+import { initializers, layers, sequential } from '@tensorflow/tfjs-layers';
 import { backendInfo, type DropoutPlacement } from 'node-sdpa';
 import { MultiHeadAttention } from './attention';
 
@@ -31,9 +31,17 @@ async function main(): Promise<void> {
   const { inputs, answers } = createTexts();
   const model = sequential({
     layers: [
-      layers.dense({ inputShape: [LENGTH, TOKENS + LENGTH], units: 16 }),
+      layers.dense({
+        inputShape: [LENGTH, TOKENS + LENGTH],
+        units: 16,
+        kernelInitializer: initializers.glorotUniform({ seed: 5 }),
+      }),
       new MultiHeadAttention({ heads: 2, dropout: 0.1, placement, seed: 7 }),
-      layers.dense({ units: TOKENS, activation: 'softmax' }),
+      layers.dense({
+        units: TOKENS,
+        activation: 'softmax',
+        kernelInitializer: initializers.glorotUniform({ seed: 6 }),
+      }),
     ],
   });
   model.compile({ optimizer: tf.train.adam(0.02), loss: 'categoricalCrossentropy' });
@@ -41,6 +49,7 @@ async function main(): Promise<void> {
   await model.fit(inputs, answers, {
     epochs: EPOCHS,
     batchSize: 32,
+    shuffle: false, // the texts are random, and every run is to be the same
     verbose: 0,
     callbacks: {
       onEpochEnd: (epoch, logs) => console.log(`epoch ${epoch + 1}: loss ${logs?.loss.toFixed(3)}`),

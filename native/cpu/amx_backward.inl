@@ -156,6 +156,7 @@ inline void pack_both(const float* channels, float scale, const float* rows, siz
 /// dropout), lse and Delta. A block without queries brings zeros.
 template <int Terms>
 inline void pack_backward_queries(const AmxBackwardTask<Terms>& k, const QueryBlock& q, int block) {
+  const Denormals keep(Denormals::kept);  // the scale may make much of them
   const Problem& p = k.problem();
   BackwardBuffers& v = k.f.vector;
   load_backward_queries(k.call(), q, k.work.tensors, v);
@@ -485,11 +486,12 @@ struct AmxBackwardWork final : ParallelWork, BackwardCall {
     const size_t keys = (most_chunk_keys(p) + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
     AmxBackwardBuffers f;
     if (!f.allocate(call, keys, Terms)) return;
-    const FlushDenormals flush;
+    const Denormals flush(Denormals::flushed);
     configure_tiles();
     for (size_t number; cursor.next(number);) {
       const ChunkTask task = chunk_task(p, number);
       if (backward_chunk_amx<Terms>(*this, task, f)) {
+        const Denormals keep(Denormals::kept);
         backward_task(*this, task, f.vector);
       } else {
         store_key_gradients(*this, task, f.vector);

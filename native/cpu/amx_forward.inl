@@ -16,6 +16,24 @@ constexpr int kPairsPerTile = kKeyBlock / 2;
 
 static_assert(kQueryBlock == 2 * kTileSide && kLanes == kTileSide, "one pair of tiles a block");
 
+// ----------------------------------------------------------------------------------- denormals
+
+/// While it lives, denormals are flushed to 0, as AMX does: they would be slow, and are too small
+/// to count. Or they are kept, for vector kernels that do again what AMX could not.
+class Denormals {
+ public:
+  enum Fate : unsigned { kept = 0, flushed = 0x8040 };
+
+  explicit Denormals(Fate fate) : saved_(_mm_getcsr()) {
+    _mm_setcsr((saved_ & ~unsigned{flushed}) | fate);
+  }
+  ~Denormals() { _mm_setcsr(saved_); }
+  Denormals(const Denormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
 // --------------------------------------------------------------------------------- the softmax
 
 /// 2^x; -200 and less give 0 where denormals are flushed. The largest relative error over every
@@ -660,6 +678,7 @@ inline bool too_large(const Floats* sums) {
 /// backward pass: one factor, rounded, would shift all scores, and large ones by much.
 template <int Terms>
 inline void pack_queries(const Rows& rows, uint32_t count, float scale, float* copy, uint8_t* to) {
+  const Denormals keep(Denormals::kept);  // the scale may make much of them
   alignas(64) float channels[kTileSide * kTileSide];
   const Floats by = broadcast(scale), log2e = broadcast(kLog2E);
   size_t stride;
@@ -699,9 +718,17 @@ inline bool take_context(const Call& call, const AmxBlock& k, uint32_t number, u
       store(v.context + i, add(load(before + i), load(v.context + i)));
     }
   }
-  const bool holds_nan = normalise_context(call, k.q, v);
-  return holds_nan ||
-         any(beyond_units(load(k.sum.minus_max)) | beyond_units(load(k.sum.minus_max + kLanes)));
+  bool again = normalise_context(call, k.q, v);
+  for (int lane = 0; lane < kQueryBlock; lane += kLanes) {
+    const Floats sums = load(k.sum.sums + lane);  // NaN also where p = 1 drops all that shows it
+    again |= any(beyond_units(load(k.sum.minus_max + lane)) | Mask(~equal(sums, sums)));
+  }
+  return again;
+}
+
+inline void compute_again(const Call& call, const QueryBlock& q, ForwardBuffers& v) {
+  const Denormals keep(Denormals::kept);
+  compute_context(call, q, v);
 }
 
 /// Takes the results of a block into samples.
@@ -710,12 +737,13 @@ inline void finish_samples(const Call& call, const AmxBlock& k, const AmxResults
   ForwardBuffers& v = f.vector;
   const SampleGroup group = results.group;
   if (call.dropout.placement == Placement::context) {
-    if (take_context(call, k, 0, 1, v)) compute_context(call, k.q, v);
+    if (take_context(call, k, 0, 1, v)) compute_again(call, k.q, v);
+    const Denormals keep(Denormals::kept);  // the least outputs have moments
     return store_context_samples(call, k.q, group, *results.samples, v, f.samples.dropped);
   }
   for (uint32_t s = 0; s < group.count; ++s) {
     const Call sample = call_of_sample(call, group.first + s);
-    if (take_context(sample, k, s, group.count, v)) compute_context(sample, k.q, v);
+    if (take_context(sample, k, s, group.count, v)) compute_again(sample, k.q, v);
     store_sample(sample, k.q, *results.samples, group.first + s, v);
   }
 }
@@ -726,10 +754,14 @@ inline void finish_block(const AmxForwardWork<Terms>& w, const AmxBlock& k, AmxB
   if (w.results.samples) return finish_samples(w.call, k, w.results, f);
   ForwardBuffers& v = f.vector;
   const ForwardOutputs& outputs = w.results.outputs;
-  if (take_context(w.call, k, 0, 1, v)) return forward_block(w.call, k.q, outputs, v);
+  if (take_context(w.call, k, 0, 1, v)) {
+    const Denormals keep(Denormals::kept);
+    return forward_block(w.call, k.q, outputs, v);
+  }
   drop_context(w.call, k.q, v);
   store_context(w.call, k.q, outputs, v);
   if (!wants_matrices(outputs)) return;
+  const Denormals keep(Denormals::kept);
   load_queries(w.call, k.q, v.rows, v.scores.queries);
   write_matrices(w.call, k.q, outputs, v);
 }
@@ -963,18 +995,6 @@ inline void forward_blocks_by_steps(const AmxForwardWork<Terms>& w, TaskCursor& 
   forward_blocks<0, Drops>(w, cursor, f);
 }
 
-/// Flushes denormals to 0 while it lives, as AMX does: they would be slow, and are too small to
-/// count.
-class FlushDenormals {
- public:
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-  FlushDenormals(const FlushDenormals&) = delete;
-
- private:
-  unsigned saved_;
-};
-
 template <int Terms>
 void AmxForwardWork<Terms>::run(TaskCursor& cursor, AmxBuffers& buffers) const {
   const bool drops = draws_on_the_way(call);
@@ -995,7 +1015,7 @@ void AmxForwardWork<Terms>::work(TaskCursor& cursor) {
     if (!own.allocate(call, Terms, results)) return;
     buffers = &own;
   }
-  const FlushDenormals flush;
+  const Denormals flush(Denormals::flushed);
   configure_tiles();
   run(cursor, *buffers);
   _tile_release();
@@ -1113,7 +1133,7 @@ struct WaveWork final : ParallelWork {
     AmxBuffers buffers;
     AmxWave wave(plan);
     if (!buffers.allocate(call, Terms, results) || !wave.allocate(plan)) return;
-    const FlushDenormals flush;
+    const Denormals flush(Denormals::flushed);
     configure_tiles();
     const Alone alone{cancel, buffers};
     for (size_t task; cursor.next(task);) run_wave<Terms>(call, plan, results, task, wave, alone);

@@ -9,7 +9,7 @@
 struct SampleResults {
   Problem problem;  // of the whole call
   ForwardOutputs outputs;
-  double* sums = nullptr;     // as one output, of what the samples gave so far; null: no moments
+  double* sums = nullptr;     // as one output, of what the samples gave so far; null: not summed
   double* squares = nullptr;  // as one output, of the distances from their mean
 
   /// Where a sample goes; its output only where there are no moments.
@@ -38,6 +38,9 @@ struct SampleResults {
       squares[first + i] += distance * distance * share;
     }
   }
+
+  /// Whether samples drop nothing but elements of one context, so that counting suffices.
+  bool counts_decisions() const { return outputs.mean && !sums; }
 
   void finish_moments() const {
     const double n = problem.samples;
@@ -145,9 +148,67 @@ struct SampleBuffers {
   Scratch scratch_;
 };
 
+/// Counts the decisions to keep.
+struct CountRows {
+  float* counts;  // [rows][kQueryBlock]; exact to 2^24
+  inline void take(int at, Mask kept) const {
+    store(counts + at, add(load(counts + at), one_or_zero(kept)));
+  }
+};
+
+constexpr uint32_t kMostCounted = uint32_t{1} << 24;
+
+/// Mean and variance of `samples` numbers of which `count` are `value` and the others 0. As by the
+/// definition, all is NaN where one of them is infinite.
+inline void moments_of_counts(size_t elements, double samples, float* values, float* counts) {
+  const double share = 1 / samples, pairs = 1 / (samples * (samples - 1));
+  for (size_t i = 0; i < elements; ++i) {
+    const double value = values[i], count = counts[i], others = samples - count;
+    const double variance = value * value * (count * others * pairs) + (value - value);
+    values[i] = float(count > 0 ? value * count * share : 0);
+    counts[i] = float(count > 0 ? variance : 0);
+  }
+}
+
+/// Writes a block of [value_dim][kQueryBlock] where its rows lie in a float32 output.
+inline void store_rows(const Problem& p, const QueryBlock& q, const float* block, float* rows,
+                       float* output) {
+  const size_t width = padded(p.value_dim);
+  const size_t stride = row_stride(p.layout, p.query_heads, p.value_dim);
+  const size_t first =
+      row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, q.b, q.head, q.first);
+  transpose(block, kQueryBlock, width, kQueryBlock, rows, width);
+  for (uint32_t i = 0; i < q.count; ++i) {
+    std::memcpy(output + first + i * stride, rows + i * width, p.value_dim * sizeof(float));
+  }
+}
+
+/// The moments of samples of `context` dropout, from the block's normalised context.
+inline void store_context_moments(const Call& call, const QueryBlock& q,
+                                  const SampleResults& results, ForwardBuffers& f, float* counts) {
+  const Problem& p = call.problem;
+  const size_t elements = padded(p.value_dim) * kQueryBlock;
+  std::fill_n(counts, elements, 0.0f);
+  for (uint32_t s = 0; s < results.problem.samples; ++s) {
+    draw_tile(call_of_sample(call, s), q, 0, int(p.value_dim), CountRows{counts});
+  }
+  if (p.type != Type::float32) {  // the moments are those of the outputs, which are rounded
+    for (size_t i = 0; i < elements; i += kQueryBlock) {
+      uint16_t rounded[kMaxHeadDim];
+      narrow(p.type, f.context + i, kQueryBlock, rounded, 0);
+      widen(p.type, rounded, 0, kQueryBlock, f.context + i);
+    }
+  }
+  moments_of_counts(elements, results.problem.samples, f.context, counts);
+  store_rows(p, q, f.context, f.rows, results.outputs.mean);
+  store_rows(p, q, counts, f.rows, results.outputs.variance);
+  store_lse(p, q, results.of_sample(0), f);
+}
+
 /// Samples of `context` dropout, from the block's normalised context.
 inline void store_context_samples(const Call& call, const QueryBlock& q, SampleGroup group,
                                   const SampleResults& results, ForwardBuffers& f, float* dropped) {
+  if (results.counts_decisions()) return store_context_moments(call, q, results, f, dropped);
   const int channels = int(call.problem.value_dim);
   float* const context = f.context;
   for (uint32_t s = group.first; s < group.first + group.count; ++s) {
@@ -285,8 +346,15 @@ inline Status samples_one_by_one(const Inputs& inputs, const SampleResults& resu
 inline Status run_samples(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                           const CancelToken& cancel, ForwardPass pass, SamplesPass together) {
   SampleResults results{p, outputs};
+  const Problem first = problem_of_sample(p, 0);
+  const Call call{first, inputs, resolve_dropout(first, inputs.keep_mask != nullptr)};
+  const bool is_random = call.dropout.on() && !inputs.keep_mask;
+  const bool shares =
+      is_random && p.dropout_placement != Placement::scores && !is_decode(first, outputs);
+  const bool counts =
+      shares && p.dropout_placement == Placement::context && p.samples <= kMostCounted;
   Block<double> moments;
-  if (outputs.mean) {
+  if (outputs.mean && !counts) {
     if (!moments.allocate(2 * output_size(p))) {
       return {StatusCode::out_of_memory, "no memory for mean and variance"};
     }
@@ -294,14 +362,9 @@ inline Status run_samples(const Problem& p, const Inputs& inputs, const ForwardO
     results.sums = moments.get();
     results.squares = moments.get() + output_size(p);
   }
-  const Problem first = problem_of_sample(p, 0);
-  const Call call{first, inputs, resolve_dropout(first, inputs.keep_mask != nullptr)};
-  const bool is_random = call.dropout.on() && !inputs.keep_mask;
-  const bool shares =
-      is_random && p.dropout_placement != Placement::scores && !is_decode(first, outputs);
   const Status status = shares ? together(call, results, cancel)
                                : samples_one_by_one(inputs, results, cancel, is_random, pass);
-  if (status.ok() && outputs.mean) results.finish_moments();
+  if (status.ok() && results.sums) results.finish_moments();
   return status;
 }
 
