@@ -50,6 +50,19 @@
       '-compress-mode=size',
       '-Xcompiler=-fvisibility=hidden',
     ],
+    # The GPUs that the plugin has machine code for, and PTX for those to come. nvcc's front end runs
+    # once for each `arch`, and takes as long as its back end: GPUs whose PTX would be the same but
+    # for its first lines share one. The PTX that is kept has to serve majors without machine code.
+    'sdpa_cuda_gpus': [
+      '-gencode=arch=compute_75,code=sm_75',
+      '-gencode=arch=compute_80,code=sm_80',
+      '-gencode=arch=compute_80,code=sm_86',
+      '-gencode=arch=compute_80,code=sm_89',
+      '-gencode=arch=compute_80,code=sm_90a',
+      '-gencode=arch=compute_100,code=sm_100',
+      '-gencode=arch=compute_100,code=sm_120',
+      '-gencode=arch=compute_100,code=compute_100',
+    ],
     'sdpa_defines': [
       'NAPI_VERSION=9',
       'NODE_ADDON_API_CPP_EXCEPTIONS',

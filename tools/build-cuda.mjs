@@ -11,8 +11,7 @@ import { checkPlugin, GLIBC_FLOOR, newerThan, PLUGIN, requirementsOf } from './c
 const { values } = parseArgs({ options: { gpus: { type: 'string' } } });
 if (!run('nvcc', ['--version']).ok) fail('nvcc is needed, of CUDA 12.8 or later.');
 
-const settings = ['SDPA_CUDA=ON'];
-if (values.gpus) settings.push(`SDPA_CUDA_ARCHITECTURES=${values.gpus}`);
+const settings = ['SDPA_CUDA=ON', `SDPA_CUDA_ARCHITECTURES=${values.gpus ?? ''}`];
 const start = performance.now();
 const build = buildWithCmake(root, settings);
 if (!build.ok) fail(build.output);
