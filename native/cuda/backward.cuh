@@ -408,8 +408,7 @@ SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t war
       tiles.tile, weights);
   if (careful) {
     const Rows keys = key_rows(call, k.b, k.kv_head, k.first_key, p.key_length - k.first_key);
-    const Rows queries =
-        query_side_rows(p, call.inputs.query, p.head_dim, k.b, head, first_query, S::kKeys);
+    const QueryRows queries = query_rows(call, k.b, head, first_query, S::kKeys);
     repair_tile<S>(keys, warp_key, queries, weights);
   }
   float slopes[S::kKeyTiles][4];
@@ -417,7 +416,7 @@ SDPA_DEVICE void key_tile(const BackwardCall& g, const KeyBlock& k, uint32_t war
     SDPA_UNROLL
     for (int j = 0; j < S::kKeyTiles; ++j) {
       SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) weights[0][j][e] *= p.scale;
+      for (int e = 0; e < 4; ++e) weights[0][j][e] *= call.product_scale();
     }
   } else {
     float copy[S::kKeyTiles][4];
@@ -477,8 +476,7 @@ SDPA_DEVICE void add_queries(const BackwardCall& g, const KeyBlock& k, uint32_t 
                              KeySums<S>& grad_value) {
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
-  const Rows queries =
-      query_side_rows(p, call.inputs.query, p.head_dim, k.b, head, first_query, S::kKeys);
+  const QueryRows queries = query_rows(call, k.b, head, first_query, S::kKeys);
   const KeptRows grad_outputs = grad_output_rows(g, k.b, head, first_query, S::kKeys);
   sync_block();  // all have read the tiles before
   tiles.tile.load(queries, 0);
@@ -558,8 +556,8 @@ key_gradients(const SDPA_PARAMETER BackwardCall g) {
       return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
     };
   };
-  store_gradient(p.type, g.tensors.grad_key, k.first_column, p.head_dim, p.scale, grad_key,
-                 row_of(p.head_dim));
+  store_gradient(p.type, g.tensors.grad_key, k.first_column, p.head_dim, call.product_scale(),
+                 grad_key, row_of(p.head_dim));
   store_gradient(p.type, g.tensors.grad_value, k.first_column, p.value_dim,
                  call.rescale() / S::kRaise, grad_value, row_of(p.value_dim));
 }

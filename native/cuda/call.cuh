@@ -25,6 +25,13 @@ struct Call {
   SDPA_HOST_DEVICE constexpr float rescale() const {
     return dropout.on() && dropout.placement != Placement::scores ? dropout.keep_scale : 1.0f;
   }
+  /// What queries are multiplied by as they are read: terms of bfloat16 end at 2^-133, and a large
+  /// scale would show what float32 queries have below that.
+  SDPA_HOST_DEVICE constexpr float query_raise() const {
+    return problem.type == Type::float32 && problem.scale > 0x1p64f ? 0x1p16f : 1.0f;
+  }
+  /// What products of such a query are multiplied by.
+  SDPA_HOST_DEVICE constexpr float product_scale() const { return problem.scale / query_raise(); }
 };
 
 constexpr uint32_t divide_up(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
@@ -51,6 +58,8 @@ SDPA_DEVICE bool is_nan(float x) { return x != x; }
 
 /// Consecutive rows of one head of a tensor [batch, heads, length, width] in either layout.
 struct Rows {
+  static constexpr float factor = 1.0f;  // of what is read
+
   Type type;
   const unsigned char* data;  // the first row
   size_t stride;              // elements from one row to the next
@@ -82,6 +91,23 @@ SDPA_DEVICE Rows query_side_rows(const Problem& p, const void* data, uint32_t wi
                  count < left ? count : left);
 }
 
+/// Rows of one head of the query, raised.
+struct QueryRows : Rows {
+  float factor;
+
+  SDPA_DEVICE QueryRows(const Rows& rows, float factor) : Rows(rows), factor(factor) {}
+  SDPA_DEVICE float at(uint32_t row, uint32_t column) const {
+    return Rows::at(row, column) * factor;
+  }
+};
+
+SDPA_DEVICE QueryRows query_rows(const Call& call, uint32_t b, uint32_t head, uint32_t first,
+                                 uint32_t count) {
+  const Problem& p = call.problem;
+  return {query_side_rows(p, call.inputs.query, p.head_dim, b, head, first, count),
+          call.query_raise()};
+}
+
 /// Up to `count` rows of key or value from `first` on. Tiles never cross blocks of a cache.
 SDPA_DEVICE Rows key_side_rows(const Call& call, const void* data, uint32_t width, uint32_t b,
                                uint32_t kv_head, uint32_t first, uint32_t count) {
@@ -108,8 +134,9 @@ SDPA_DEVICE Rows value_rows(const Call& call, uint32_t b, uint32_t kv_head, uint
   return key_side_rows(call, call.inputs.value, call.problem.value_dim, b, kv_head, first, count);
 }
 
-/// Rows of consecutive heads of a tensor of queries, those of one head after those of another.
+/// Rows of consecutive heads of the query, raised, those of one head after those of another.
 struct GroupedRows {
+  float factor;
   Type type;
   const unsigned char* data;  // the first head's first row
   size_t head_stride, stride;
@@ -121,7 +148,7 @@ struct GroupedRows {
     return data + at * size_of(type);
   }
   SDPA_DEVICE float at(uint32_t i, uint32_t column) const {
-    return read_element(type, row(i), column);
+    return read_element(type, row(i), column) * factor;
   }
   SDPA_DEVICE bool in_vectors() const {
     const size_t strides = (head_stride | stride) * size_of(type);
@@ -129,12 +156,15 @@ struct GroupedRows {
   }
 
   /// Rows `first` to `end` of those that start at head `head`.
-  SDPA_DEVICE static GroupedRows of(const Problem& p, const void* data, uint32_t width, uint32_t b,
-                                    uint32_t head, uint32_t first, uint32_t end) {
-    const Rows rows = query_side_rows(p, data, width, b, head, 0, 1);
+  SDPA_DEVICE static GroupedRows of(const Call& call, uint32_t b, uint32_t head, uint32_t first,
+                                    uint32_t end) {
+    const Problem& p = call.problem;
+    const uint32_t width = p.head_dim;
+    const QueryRows rows = query_rows(call, b, head, 0, 1);
     const size_t head_stride =
         p.layout == Layout::bhsd ? size_t{p.query_length} * width : size_t{width};
-    return {p.type, rows.data, head_stride, rows.stride, p.query_length, first, end - first, width};
+    return {rows.factor,    p.type, rows.data,   head_stride, rows.stride,
+            p.query_length, first,  end - first, width};
   }
 };
 

@@ -255,9 +255,7 @@ SDPA_DEVICE void multiply_queries(const ForwardCall& f, const ForwardBlock& k, u
       gather_a<S::kHalf>(a, s, [&](int half, uint32_t column) {
         const uint32_t row = k.first_row + warp_row + lane_index() / 4 + 8 * half;
         if (row >= f.rows || column >= p.head_dim) return 0.0f;
-        const Rows rows = query_side_rows(p, call.inputs.query, p.head_dim, k.b, k.head_of(p, row),
-                                          row % p.query_length, 1);
-        return rows.at(0, column);
+        return query_rows(call, k.b, k.head_of(p, row), row % p.query_length, 1).at(0, column);
       });
     } else {
       queries.load_a(a, warp_row + 16 * r, s);
@@ -265,8 +263,7 @@ SDPA_DEVICE void multiply_queries(const ForwardCall& f, const ForwardBlock& k, u
   };
   multiply_tile<S>(p.head_dim, load_a, keys, scores);
   if (careful) {
-    const GroupedRows rows =
-        GroupedRows::of(p, call.inputs.query, p.head_dim, k.b, k.first_head, k.first_row, f.rows);
+    const GroupedRows rows = GroupedRows::of(call, k.b, k.first_head, k.first_row, f.rows);
     repair_tile<S>(rows, warp_row, key_rows(call, k.b, k.kv_head, first_key, S::kKeys), scores);
   }
 }
@@ -325,7 +322,7 @@ SDPA_DEVICE void apply_rules(const ForwardCall& f, const ForwardBlock& k, uint32
     SDPA_UNROLL
     for (int j = 0; j < S::kKeyTiles; ++j) {
       SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) scores[r][j][e] *= p.scale;
+      for (int e = 0; e < 4; ++e) scores[r][j][e] *= f.call.product_scale();
     }
   }
   if (first_key >= k.all.begin && first_key + S::kKeys <= k.all.end) return;
@@ -556,16 +553,11 @@ struct ForwardTiles {
 template <typename S>
 SDPA_DEVICE void load_queries(const ForwardCall& f, const ForwardBlock& k,
                               const typename S::KeyTile& queries) {
-  const Problem& p = f.call.problem;
   if (f.unit_heads == 1) {
-    queries.load(query_side_rows(p, f.call.inputs.query, p.head_dim, k.b, k.first_head, k.first_row,
-                                 queries.rows),
-                 0);
+    queries.load(query_rows(f.call, k.b, k.first_head, k.first_row, queries.rows), 0);
     return;
   }
-  queries.load(
-      GroupedRows::of(p, f.call.inputs.query, p.head_dim, k.b, k.first_head, k.first_row, f.rows),
-      0);
+  queries.load(GroupedRows::of(f.call, k.b, k.first_head, k.first_row, f.rows), 0);
 }
 
 /// Runs over all tiles that the block sees: leaves sums, maxima and the context not yet divided.

@@ -184,7 +184,7 @@ struct QueryRow {
 SDPA_DEVICE float score_of(const Call& call, const MaskView& mask, float product, uint32_t head,
                            uint32_t query, uint32_t key, bool seen, float* slope = nullptr) {
   const Problem& p = call.problem;
-  float score = product * p.scale;
+  float score = product * call.product_scale();
   if (p.softcap > 0) {
     const float t = hyperbolic_tangent(score / p.softcap);
     score = p.softcap * t;

@@ -164,8 +164,8 @@ struct Tile {
         const Vector16 second = load_vector(at + 16);
         SDPA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          x[i] = from_bits(first.w[i]);
-          x[4 + i] = from_bits(second.w[i]);
+          x[i] = from_bits(first.w[i]) * from.factor;
+          x[4 + i] = from_bits(second.w[i]) * from.factor;
         }
       } else {
         const bool is_float16 = from.type == Type::float16;
