@@ -62,7 +62,7 @@ export function choose(logits: Float32Array, { temperature, topK, random }: Tast
   if (temperature === 0) return largest;
   const least =
     topK && topK < logits.length ? logits.slice().sort()[logits.length - topK] : -Infinity;
-  const powers = Float64Array.from(logits, (logit) =>
+  const powers = new Float64Array(logits).map((logit) =>
     logit < least ? 0 : Math.exp((logit - logits[largest]) / temperature),
   );
   let left = uniform(random) * powers.reduce((sum, power) => sum + power);

@@ -236,12 +236,14 @@ export class Engine {
     );
   }
 
-  /** Attention of one layer: a call for all pieces of one length. */
+  /**
+   * Attention of one layer: a call for all pieces of one length, and at once, as this thread has
+   * nothing else to do.
+   */
   async #attend(request: AttentionRequest, pieces: readonly Piece[]): Promise<Floats> {
     const { heads, width } = this.model.sizes;
     const cache = this.#caches[request.layer];
     const output = new Float32Array(request.query.length);
-    const calls: Promise<void>[] = [];
     let row = 0;
     for (let i = 0; i < pieces.length; ) {
       const { length } = pieces[i];
@@ -256,14 +258,9 @@ export class Engine {
         layout: 'bshd',
       } as const;
       cache.append(key, value, options);
-      const call = cache.attend(query, options);
-      calls.push(call.then((attended) => output.set(attended.output.data as Float32Array, from)));
+      output.set(cache.attendSync(query, options).output.data as Float32Array, from);
       i += group.length;
       row += group.length * length;
-    }
-    // All of them: a call that still ran would hold its blocks.
-    for (const result of await Promise.allSettled(calls)) {
-      if (result.status === 'rejected') throw result.reason;
     }
     return output;
   }

@@ -50,7 +50,8 @@ runCommand(async () => {
     const checkpoint = createCheckpoint(path.join(folder, 'model.safetensors'));
     const report = [
       ...header(),
-      ...(await compareBatching(checkpoint, rounds, Math.min(10, seconds))),
+      ...(await compareBatching(checkpoint, 100, rounds, Math.min(10, seconds))),
+      ...(await compareBatching(checkpoint, 200, rounds, Math.min(10, seconds))),
       ...(await holdLoad(checkpoint, seconds)),
       ...(await watchMemory(checkpoint, requests)),
     ];
@@ -141,8 +142,16 @@ class Served {
 const format = (number: number, digits = 0) =>
   number.toLocaleString('en', { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
-/** Tokens a second of 8 clients, with all of them in a batch and with one at a time. */
-async function compareBatching(checkpoint: string, rounds: number, seconds: number) {
+/**
+ * Tokens a second of 8 clients, with all of them in a batch and with one at a time. Where a text
+ * outgrows the model's length, the half of it is read again, in one piece.
+ */
+async function compareBatching(
+  checkpoint: string,
+  characters: number,
+  rounds: number,
+  seconds: number,
+) {
   const servers = [await Served.start(checkpoint, CLIENTS), await Served.start(checkpoint, 1)];
   const rates: number[][] = [[], []];
   const costs: number[][] = [[], []]; // milliseconds of processor time for a token
@@ -150,7 +159,10 @@ async function compareBatching(checkpoint: string, rounds: number, seconds: numb
     for (const [i, server] of servers.entries()) {
       const before = await server.metrics();
       const start = performance.now();
-      await server.cannon(200, { connections: CLIENTS, duration: round < 0 ? 2 : seconds });
+      await server.cannon(characters, {
+        connections: CLIENTS,
+        duration: round < 0 ? 2 : seconds,
+      });
       const time = performance.now() - start;
       const after = await server.metrics();
       const spent = (name: string) => after(name) - before(name);
@@ -169,7 +181,7 @@ async function compareBatching(checkpoint: string, rounds: number, seconds: numb
   };
   return told(
     '',
-    `## ${CLIENTS} clients, texts of 200 characters`,
+    `## ${CLIENTS} clients, texts of ${characters} characters`,
     '',
     `Tokens/s, median of ${rounds} rounds of ${seconds} s in turns.`,
     '',

@@ -237,7 +237,7 @@ function spreadOf(values: readonly number[]): number {
 /** The probabilities of logits. */
 export function softmax(logits: Float32Array): Float64Array {
   const largest = logits.reduce((most, x) => Math.max(most, x), Number.NEGATIVE_INFINITY);
-  const powers = Float64Array.from(logits, (x) => Math.exp(x - largest));
+  const powers = new Float64Array(logits).map((x) => Math.exp(x - largest));
   const sum = powers.reduce((total, x) => total + x);
   return powers.map((x) => x / sum);
 }

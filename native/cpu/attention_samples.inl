@@ -5,7 +5,8 @@
 // a call of its own. Under `scores` dropout nothing is shared, and samples are so many calls.
 
 /// What samples of one call share, and where they go: an output each, or running sums from which
-/// mean and variance are made (Youngs and Cramer, Technometrics 13, 1971). Samples come in order.
+/// mean and variance are made (Youngs and Cramer, Technometrics 13, 1971), or under `context`
+/// dropout mean and variance alone, from counted decisions. Samples come in order.
 struct SampleResults {
   Problem problem;  // of the whole call
   ForwardOutputs outputs;
