@@ -1,8 +1,8 @@
-// Builds the CUDA plugin beside the addon, in build/Release, and checks it.
+// Builds the CUDA plugin, puts it beside the addon in build/Release, and checks it.
 //
 //   npm run build:cuda                        for all GPUs, as the package has it
 //   npm run build:cuda -- --gpus 90a-real     for some, in less time: CMake's CUDA_ARCHITECTURES
-import { statSync } from 'node:fs';
+import { copyFileSync, mkdirSync, statSync } from 'node:fs';
 import path from 'node:path';
 import { parseArgs } from 'node:util';
 import { buildWithCmake, root, run } from './build-native.mjs';
@@ -11,12 +11,15 @@ import { checkPlugin, GLIBC_FLOOR, newerThan, PLUGIN, requirementsOf } from './c
 const { values } = parseArgs({ options: { gpus: { type: 'string' } } });
 if (!run('nvcc', ['--version']).ok) fail('nvcc is needed, of CUDA 12.8 or later.');
 
-const settings = ['SDPA_CUDA=ON', `SDPA_CUDA_ARCHITECTURES=${values.gpus ?? ''}`];
+const settings = ['SDPA_CUDA=ON', `SDPA_CUDA_ARCHITECTURES=${values.gpus ?? 'OFF'}`];
 const start = performance.now();
-const build = buildWithCmake(root, settings);
+const folder = path.join(root, 'build-cuda'); // so that npm run build does not call nvcc too
+mkdirSync(folder, { recursive: true });
+const build = buildWithCmake(folder, settings, { target: 'sdpa_cuda' });
 if (!build.ok) fail(build.output);
 
 const file = path.join(root, 'build/Release', PLUGIN.name);
+copyFileSync(path.join(folder, 'build/Release', PLUGIN.name), file);
 const { size } = statSync(file);
 const problems = values.gpus ? [] : checkPlugin(file, size);
 const { libraries, versions } = requirementsOf(file, 'glibc');

@@ -77,9 +77,15 @@ export function buildWithCmake(
   { target = 'node_sdpa', source = root } = {},
 ) {
   const program = path.join(source, 'node_modules/cmake-js/bin/cmake-js');
-  const args = [program, 'compile', '--directory', source, '--target', target];
-  args.push('--out', path.join(folder, 'build'), ...settings.map((entry) => `--CD${entry}`));
-  return run(process.execPath, args);
+  const out = path.join(folder, 'build');
+  const args = ['--directory', source, '--out', out, '--target', target];
+  args.push(...settings.map((entry) => `--CD${entry}`));
+  const isConfigured = existsSync(path.join(out, 'CMakeCache.txt')); // perhaps with other settings
+  if (isConfigured && settings.length > 0) {
+    const configured = run(process.execPath, [program, 'configure', ...args]);
+    if (!configured.ok) return configured;
+  }
+  return run(process.execPath, [program, 'compile', ...args]);
 }
 
 /**
