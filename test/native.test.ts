@@ -405,12 +405,13 @@ describe('a binary that does not load', () => {
 
   const genuine = readFileSync(addonPath);
 
-  /** The genuine addon with one text in it replaced by another of the same length. */
+  /** The genuine addon with a text in it replaced, wherever it stands, by one that is no longer. */
   function altered(text: string, other: string): Buffer {
-    const at = genuine.indexOf(text);
-    expect(at, text).toBeGreaterThan(0);
     const copy = Buffer.from(genuine);
-    copy.write(other, at, 'latin1');
+    expect(genuine.indexOf(text), text).toBeGreaterThan(0);
+    for (let at = genuine.indexOf(text); at >= 0; at = genuine.indexOf(text, at + 1)) {
+      copy.write(other, at, 'latin1');
+    }
     return copy;
   }
 
