@@ -35,6 +35,7 @@
       'native/cuda/forward_bfloat16.cu',
       'native/cuda/forward_float16.cu',
       'native/cuda/forward_split.cu',
+      'native/cuda/hopper_forward.cu',
     ],
     # What plays a GPU in the emulated plugin, which only tests use.
     'sdpa_cuda_emulation_sources': [

@@ -73,23 +73,36 @@ uint32_t most_splits(const Problem& p) {
 
 size_t rows_of_call(const Problem& p) { return size_t{p.batch} * p.query_heads * p.query_length; }
 
-/// Floats of workspace: what splits hand on, and lse where the matrices need it.
+/// Whether the kernels of hopper_forward.cuh are for this call.
+bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
+  const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
+  return limits.sm == 90 && p.type == p.key_type && p.type != Type::float32 &&
+         p.precision != Precision::highest && p.head_dim <= 256 && p.value_dim <= 256 &&
+         p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && p.mask_type == MaskType::none &&
+         p.softcap == 0 && p.scale >= 0 && p.key_block_length == 0 && !is_decode(p) && is_drawn;
+}
+
+/// Floats of workspace: what splits hand on, and lse where the matrices need it; then flags.
 struct ForwardWorkspace {
-  size_t context = 0, sums = 0, lse = 0;
-  ForwardWorkspace(const Problem& p, const ForwardOutputs& wanted) {
+  size_t context = 0, sums = 0, lse = 0, flags = 0;
+  ForwardWorkspace(const Problem& p, const ForwardOutputs& wanted, const DeviceLimits& limits) {
     const size_t splits = most_splits(p);
     if (splits > 1) {
       context = rows_of_call(p) * splits * p.value_dim;
       sums = rows_of_call(p) * splits * 2;
     }
     if (wants_matrices(wanted) && !wanted.lse) lse = rows_of_call(p);
+    if (hopper_takes(p, limits)) {
+      flags = size_t{p.batch} * p.query_heads * nan_flags(p.query_length);
+    }
   }
+  size_t floats() const { return context + sums + lse; }
+  size_t bytes() const { return floats() * sizeof(float) + flags; }
 };
 
 ForwardCall forward_call(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
-                         void* workspace) {
+                         const ForwardWorkspace& sizes, void* workspace) {
   ForwardCall f{};
-  const ForwardWorkspace sizes(p, outputs);
   f.call = {p, inputs, resolve_dropout(p, inputs.keep_mask != nullptr)};
   f.outputs = outputs;
   f.unit_heads = is_decode(p) ? p.query_heads / p.kv_heads : 1;
@@ -103,7 +116,7 @@ ForwardCall forward_call(const Problem& p, const Inputs& inputs, const ForwardOu
   return f;
 }
 
-int start_contexts(const ForwardCall& f, const DeviceLimits& limits, Stream stream) {
+int start_portable(const ForwardCall& f, const DeviceLimits& limits, Stream stream) {
   const Problem& p = f.call.problem;
   const uint32_t width = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   const bool exact = p.precision == Precision::highest;
@@ -115,6 +128,16 @@ int start_contexts(const ForwardCall& f, const DeviceLimits& limits, Stream stre
   const bool one = p.type == Type::float32 && p.key_type == Type::float32;
   const int terms = exact ? 3 : p.precision == Precision::medium && one ? 1 : 2;
   return start_forward_split(f, width, terms, limits, stream);
+}
+
+/// `has_nan` is workspace.
+int start_contexts(ForwardCall f, uint8_t* has_nan, const DeviceLimits& limits, Stream stream) {
+  if (hopper_takes(f.call.problem, limits) && !f.call.inputs.keep_mask) {
+    const int error = start_hopper_forward(f, has_nan, limits, stream);
+    if (error != kSuccess && error != kNotTaken) return error;
+    if (error == kSuccess) f.has_nan = has_nan;
+  }
+  return start_portable(f, limits, stream);
 }
 
 int start_matrices(ForwardCall f, const DeviceLimits& limits, Stream stream) {
@@ -135,15 +158,17 @@ const char* forward_unsupported(const Problem&, const DeviceLimits& limits) {
   return limits.sm < 75 ? "the GPU is older than compute capability 7.5" : nullptr;
 }
 
-size_t forward_workspace(const Problem& p, const ForwardOutputs& wanted, const DeviceLimits&) {
-  const ForwardWorkspace sizes(p, wanted);
-  return (sizes.context + sizes.sums + sizes.lse) * sizeof(float);
+size_t forward_workspace(const Problem& p, const ForwardOutputs& wanted,
+                         const DeviceLimits& limits) {
+  return ForwardWorkspace(p, wanted, limits).bytes();
 }
 
 int launch_forward(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
                    void* workspace, const DeviceLimits& limits, Stream stream) {
-  const ForwardCall f = forward_call(p, inputs, outputs, workspace);
-  int error = start_contexts(f, limits, stream);
+  const ForwardWorkspace sizes(p, outputs, limits);
+  const ForwardCall f = forward_call(p, inputs, outputs, sizes, workspace);
+  uint8_t* const flags = static_cast<uint8_t*>(workspace) + sizes.floats() * sizeof(float);
+  int error = start_contexts(f, flags, limits, stream);
   if (error == kSuccess && f.splits > 1) {
     const uint64_t warps = uint64_t{f.units} * f.rows;
     const uint64_t blocks = (warps + kCombineWarps - 1) / kCombineWarps;

@@ -80,7 +80,15 @@ struct ForwardCall {
   uint32_t chunks;         // of the value's columns
   float* partial_context;  // [units, splits, rows, value_dim], not yet divided by the sum
   float* partial_sums;     // [units, splits, rows, 2]: maximum, sum
+  // Of kernels that leave what is not finite to others, or null: whether kNanRows rows, [units,
+  // nan_flags(rows)], came out with a NaN and are to be computed again.
+  const uint8_t* has_nan;
 };
+
+constexpr uint32_t kNanRows = 16;
+SDPA_HOST_DEVICE constexpr uint32_t nan_flags(uint32_t rows) {
+  return rows / kNanRows + (rows % kNanRows != 0);
+}
 
 /// What a block of threads works on.
 struct ForwardBlock {
@@ -734,6 +742,15 @@ SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
+SDPA_DEVICE bool is_wanted(const ForwardCall& f, const ForwardBlock& k, uint32_t rows) {
+  if (!f.has_nan) return true;
+  const uint8_t* const flags = f.has_nan + size_t{k.unit} * nan_flags(f.rows);
+  const uint32_t end = k.first_row + rows < f.rows ? k.first_row + rows : f.rows;
+  bool any = false;
+  for (uint32_t i = k.first_row / kNanRows; i < nan_flags(end); ++i) any |= flags[i] != 0;
+  return any;
+}
+
 /// Launched with any number of warps to kMostWarps.
 template <typename S>
 SDPA_KERNEL(S::kThreads, 1)
@@ -741,6 +758,7 @@ forward_kernel(const SDPA_PARAMETER ForwardCall f) {
   const uint32_t warps = thread_count() / kLanes, warp_row = warp_index() * S::kRowsPerWarp;
   const ForwardBlock k =
       forward_block(f, block_index().x, warps * S::kRowsPerWarp, uint32_t{S::kColumns});
+  if (!is_wanted(f, k, warps * S::kRowsPerWarp)) return;
   const bool has_rows = k.first_row + warp_row < f.rows;
   const ForwardTiles<S> tiles = ForwardTiles<S>::of(warps);
   ForwardState<S> state;

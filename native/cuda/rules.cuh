@@ -9,31 +9,42 @@ namespace sdpa::cuda {
 
 // --------------------------------------------------------------------------------------- dropout
 
+/// The decisions of one call of the generator, as bits: eight columns from 8 * group on.
+SDPA_DEVICE uint32_t drawn_group(const Call& call, uint32_t b, uint32_t head, uint32_t query,
+                                 uint32_t group) {
+  const Problem& p = call.problem;
+  const Dropout& d = call.dropout;
+  const PhiloxWords words = philox4x32(
+      dropout_counter(d, p.batch_offset + b, p.head_offset + head, p.query_offset + query, group),
+      d.key0, d.key1);
+  uint32_t eight = 0;
+  SDPA_UNROLL
+  for (uint32_t j = 0; j < 8; ++j) eight |= uint32_t{dropout_keeps(d, words, j)} << j;
+  return eight;
+}
+
+/// Where local column `first` lies in the whole, if dropout is of context or of keys.
+SDPA_DEVICE uint32_t dropout_column(const Call& call, uint32_t first) {
+  return call.dropout.placement == Placement::context ? first : call.problem.key_offset + first;
+}
+
 /// The decisions for eight consecutive columns of a row, from local column `first` on, as bits.
 SDPA_OUTLINE uint32_t keep_byte(const Call& call, uint32_t b, uint32_t head, uint32_t query,
                                 uint32_t first) {
   const Problem& p = call.problem;
-  const Dropout& d = call.dropout;
-  const bool context = d.placement == Placement::context;
   if (const uint8_t* const given = call.inputs.keep_mask) {
+    const bool context = call.dropout.placement == Placement::context;
     const uint32_t width = context ? p.value_dim : p.key_length;
     const uint8_t* const row = given + flat_row(p, b, head, query) * width;
     uint32_t bits = 0;
     for (uint32_t i = 0; i < 8; ++i) bits |= uint32_t{first + i < width && row[first + i]} << i;
     return bits;
   }
-  const uint32_t column = context ? first : p.key_offset + first;
-  const uint32_t lead = column % kDecisionsPerCall;
+  const uint32_t column = dropout_column(call, first), lead = column % kDecisionsPerCall;
   uint32_t bits = 0;
   // One call of the generator; two where the columns lie across two.
   for (uint32_t i = 0; i <= uint32_t{lead != 0}; ++i) {
-    const PhiloxWords words =
-        philox4x32(dropout_counter(d, p.batch_offset + b, p.head_offset + head,
-                                   p.query_offset + query, column / kDecisionsPerCall + i),
-                   d.key0, d.key1);
-    uint32_t eight = 0;
-    SDPA_UNROLL
-    for (uint32_t j = 0; j < 8; ++j) eight |= uint32_t{dropout_keeps(d, words, j)} << j;
+    const uint32_t eight = drawn_group(call, b, head, query, column / kDecisionsPerCall + i);
     bits |= i == 0 ? eight >> lead : eight << (8 - lead);
   }
   return bits & 0xff;
@@ -47,15 +58,22 @@ struct KeepFragment {
   /// `head` and `query` are those of this thread's two rows, `first` the first column.
   SDPA_DEVICE static KeepFragment draw(const Call& call, uint32_t b, const uint32_t (&head)[2],
                                        const uint32_t (&query)[2], uint32_t first) {
+    return exchange([&](uint32_t half, uint32_t tile) {
+      return keep_byte(call, b, half ? head[1] : head[0], half ? query[1] : query[0],
+                       first + 8 * tile);
+    });
+  }
+
+  /// `byte(half, tile)` gives the decisions for a tile of the thread's upper or lower row.
+  template <typename Byte>
+  SDPA_DEVICE static KeepFragment exchange(const Byte& byte) {
     // The four lanes of a row share its calls evenly, one byte each, and then exchange them.
     const uint32_t lane = lane_index(), t = lane % 4;
     uint32_t own = 0;
     SDPA_NO_UNROLL
     for (uint32_t i = 0; i < divide_up(2 * kTiles, 4); ++i) {
-      const uint32_t c = 4 * i + t, half = c / kTiles;
-      own |= keep_byte(call, b, half ? head[1] : head[0], half ? query[1] : query[0],
-                       first + 8 * (c % kTiles))
-             << (8 * i);
+      const uint32_t c = 4 * i + t;
+      own |= byte(c / kTiles, c % kTiles) << (8 * i);
     }
     KeepFragment keep{0};
     SDPA_UNROLL

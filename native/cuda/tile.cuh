@@ -10,9 +10,6 @@
 
 namespace sdpa::cuda {
 
-/// The format of the products.
-enum class Half { float16, bfloat16 };
-
 template <Half kHalf>
 SDPA_DEVICE uint32_t pack(float low, float high) {
   return kHalf == Half::float16 ? pack_float16(low, high) : pack_bfloat16(low, high);

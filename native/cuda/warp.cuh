@@ -19,6 +19,9 @@ namespace sdpa::cuda {
 
 constexpr uint32_t kLanes = 32;
 
+/// The format of products.
+enum class Half { float16, bfloat16 };
+
 struct alignas(16) Vector16 {
   uint32_t w[4];
 };
@@ -48,6 +51,13 @@ SDPA_DEVICE float quad_sum(float x) {
 SDPA_DEVICE float quad_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));
+}
+
+/// Whether any lane of the warp comes with true.
+SDPA_DEVICE bool warp_any(bool x) {
+  float any = x ? 1.0f : 0.0f;
+  for (uint32_t mask = 1; mask < kLanes; mask *= 2) any = fmaxf(any, shuffle_xor(any, mask));
+  return any > 0;
 }
 
 }  // namespace sdpa::cuda

@@ -20,7 +20,7 @@ SDPA_DEVICE uint32_t thread_count() { return blockDim.x; }
 SDPA_DEVICE Index3 block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
 
 SDPA_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char sdpa_shared[];
+  extern __shared__ __align__(1024) unsigned char sdpa_shared[];
   return sdpa_shared;
 }
 

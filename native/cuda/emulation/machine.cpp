@@ -3,20 +3,24 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
 #include "cuda/emulation/fiber.h"
 
 namespace sdpa::cuda::emulation {
-namespace {
 
-[[noreturn]] void fail(const char* what) {
+void fail(const char* what) {
   std::fprintf(stderr, "CUDA emulation: %s\n", what);
   std::abort();
 }
 
+namespace {
+
 constexpr unsigned char kPoison = 0xff;  // NaN as float32, float16 and bfloat16
+/// Large and finite: kernels that leave NaN to others would hide that they do not wait.
+constexpr unsigned char kFinitePoison = 0x5a;
 
 struct Copy {
   void* to;
@@ -25,26 +29,57 @@ struct Copy {
   bool valid;
 };
 
-enum class State { runnable, in_warp, in_block, done };
+enum class State { runnable, in_warp, in_group, in_block, at_barrier, done };
 
 struct Thread {
   Fiber fiber;
   State state = State::done;
   Place place;
-  std::vector<Copy> copies;     // not yet delivered, oldest first
-  std::vector<size_t> commits;  // how many of them each group closes with
+  const uint64_t* barrier = nullptr;  // that this thread waits at
+  std::vector<Copy> copies;           // not yet delivered, oldest first
+  std::vector<size_t> commits;        // how many of them each group closes with
 };
 
-struct Warp {
+constexpr unsigned kGroup = 128;
+
+/// Threads that meet: a warp or a warpgroup.
+struct Meeting {
   Complete complete = nullptr;
   unsigned arrived = 0;
-  void* operands[kLanes];
+  void* operands[kGroup];
+};
+
+struct Group {
+  Meeting meeting;
+  std::vector<std::function<void()>> issued;  // not yet closed
+  std::deque<std::vector<std::function<void()>>> closed;
+};
+
+/// A barrier as it lies in shared memory. The signs allow for bytes that arrive before their
+/// expectation.
+struct BarrierState {
+  uint16_t arrivals;  // of a phase
+  uint16_t missing;
+  int32_t bytes_and_phase;  // 2 * bytes missing + phase
+
+  int32_t bytes() const { return bytes_and_phase >> 1; }
+  unsigned phase() const { return unsigned(bytes_and_phase & 1); }
+  void add_bytes(int32_t n) { bytes_and_phase += 2 * n; }
+};
+
+struct Delivery {
+  void* to;
+  unsigned bytes;
+  uint64_t* barrier;
+  std::function<void()> copy;
 };
 
 /// One host thread's GPU. Its fibers' stacks are kept for the next grid.
 struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
-  std::vector<Warp> warps;
+  std::vector<Meeting> warps;
+  std::vector<Group> groups;
+  std::vector<Delivery> deliveries;
   Fiber host;
   unsigned count = 0, current = 0, in_block = 0;
   bool vote = false, result = false;
@@ -53,6 +88,7 @@ struct Machine {
   const void* arguments = nullptr;
 
   Thread& self() { return *threads[current]; }
+  Group& group() { return groups[current / kGroup]; }
 
   void switch_to(unsigned next) {
     Thread& from = self();
@@ -71,11 +107,59 @@ struct Machine {
       const unsigned next = (current + i) % count;
       if (threads[next]->state == State::runnable) return switch_to(next);
     }
+    if (!deliveries.empty()) {
+      deliver();
+      return pass_on();
+    }
     if (self().state != State::done) fail("threads wait for others that never come");
     for (unsigned i = 0; i < count; ++i) {
       if (threads[i]->state != State::done) fail("a thread has left while others wait for it");
     }
     Fiber::change(self().fiber, host);
+  }
+
+  /// Lets a barrier's phase end if nothing is missing.
+  void update(uint64_t* barrier) {
+    BarrierState state;
+    std::memcpy(&state, barrier, sizeof state);
+    if (state.missing != 0 || state.bytes() != 0) return;
+    state.missing = state.arrivals;
+    state.bytes_and_phase ^= 1;
+    std::memcpy(barrier, &state, sizeof state);
+    for (unsigned i = 0; i < count; ++i) {
+      Thread& t = *threads[i];
+      if (t.state == State::at_barrier && t.barrier == barrier) t.state = State::runnable;
+    }
+  }
+
+  /// The latest copy of those that are under way: who waits for another one must not rely on order.
+  void deliver() {
+    const Delivery d = std::move(deliveries.back());
+    deliveries.pop_back();
+    d.copy();
+    BarrierState state;
+    std::memcpy(&state, d.barrier, sizeof state);
+    state.add_bytes(-int32_t(d.bytes));
+    std::memcpy(d.barrier, &state, sizeof state);
+    update(d.barrier);
+  }
+
+  /// Meets `size` threads from `first` on, the caller among them.
+  void meet(Meeting& meeting, unsigned first, unsigned size, State state, Complete complete,
+            void* operands) {
+    if (meeting.arrived == 0) {
+      meeting.complete = complete;
+    } else if (meeting.complete != complete) {
+      fail("threads that should meet are in different operations");
+    }
+    meeting.operands[current - first] = operands;
+    if (++meeting.arrived < size) {
+      self().state = state;
+      return pass_on();
+    }
+    complete(meeting.operands);
+    meeting.arrived = 0;
+    for (unsigned i = first; i < first + size; ++i) threads[i]->state = State::runnable;
   }
 };
 
@@ -100,6 +184,7 @@ void thread_main() {
   m.kernel(m.arguments);
   Thread& self = m.self();
   if (!self.copies.empty()) fail("a thread ends before its asynchronous copies");
+  if (!m.group().closed.empty()) fail("a thread ends before its products");
   self.state = State::done;
   m.pass_on();
 }
@@ -120,7 +205,8 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
   if (threads % kLanes != 0 || threads == 0 || threads > 1024) fail("a block is of whole warps");
   Machine& m = machine();
   while (m.threads.size() < threads) m.threads.push_back(std::make_unique<Thread>());
-  m.warps.assign(threads / kLanes, Warp{});
+  m.warps.assign(threads / kLanes, Meeting{});
+  m.groups.assign((threads + kGroup - 1) / kGroup, Group{});
   m.host.adopt_thread();
   m.count = threads;
   m.kernel = kernel;
@@ -128,7 +214,7 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
   m.capability = capability;
   // Exactly as large as asked: AddressSanitizer sees what lies outside.
   void* memory;
-  if (posix_memalign(&memory, 128, shared_bytes + 1) != 0) fail("no memory");
+  if (posix_memalign(&memory, 1024, shared_bytes + 1) != 0) fail("no memory");
   const std::unique_ptr<unsigned char, decltype(&std::free)> shared(
       static_cast<unsigned char*>(memory), &std::free);
   for (unsigned z = 0; z < grid.z; ++z) {
@@ -154,22 +240,64 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
 
 void meet_warp(Complete complete, void* operands) {
   Machine& m = machine();
-  Warp& warp = m.warps[m.current / kLanes];
-  if (warp.arrived == 0) {
-    warp.complete = complete;
-  } else if (warp.complete != complete) {
-    fail("lanes of a warp meet in different operations");
+  const unsigned warp = m.current / kLanes;
+  m.meet(m.warps[warp], warp * kLanes, kLanes, State::in_warp, complete, operands);
+}
+
+void meet_group(Complete complete, void* operands) {
+  Machine& m = machine();
+  const unsigned first = m.current / kGroup * kGroup;
+  if (first + kGroup > m.count) fail("a warpgroup is of four warps");
+  m.meet(m.group().meeting, first, kGroup, State::in_group, complete, operands);
+}
+
+void issue(std::function<void()> work) { machine().group().issued.push_back(std::move(work)); }
+
+void close_issued() {
+  Group& g = machine().group();
+  g.closed.push_back(std::move(g.issued));
+  g.issued.clear();
+}
+
+void run_issued(unsigned groups_left) {
+  Group& g = machine().group();
+  for (; g.closed.size() > groups_left; g.closed.pop_front()) {
+    for (const auto& work : g.closed.front()) work();
   }
-  warp.operands[m.current % kLanes] = operands;
-  if (++warp.arrived < kLanes) {
-    m.self().state = State::in_warp;
+}
+
+void init_barrier(uint64_t* barrier, unsigned arrivals) {
+  check_aligned(barrier, 8);
+  const BarrierState state{uint16_t(arrivals), uint16_t(arrivals), 0};
+  std::memcpy(barrier, &state, sizeof state);
+}
+
+void arrive(uint64_t* barrier, unsigned bytes) {
+  BarrierState state;
+  std::memcpy(&state, barrier, sizeof state);
+  if (state.missing == 0) fail("more arrivals than a barrier's phase has");
+  state.missing -= 1;
+  state.add_bytes(int32_t(bytes));
+  std::memcpy(barrier, &state, sizeof state);
+  machine().update(barrier);
+}
+
+void wait_for(uint64_t* barrier, unsigned parity) {
+  Machine& m = machine();
+  if (planted() == Fault::barrier) return;
+  for (;;) {
+    BarrierState state;
+    std::memcpy(&state, barrier, sizeof state);
+    if (state.phase() != parity) return;
+    m.self().state = State::at_barrier;
+    m.self().barrier = barrier;
     m.pass_on();
-    return;
   }
-  complete(warp.operands);
-  warp.arrived = 0;
-  const unsigned first = m.current / kLanes * kLanes;
-  for (unsigned i = 0; i < kLanes; ++i) m.threads[first + i]->state = State::runnable;
+}
+
+void deliver_later(void* to, unsigned bytes, uint64_t* barrier, std::function<void()> copy) {
+  std::memset(to, kFinitePoison, bytes);
+  machine().deliveries.push_back({to, bytes, barrier, std::move(copy)});
 }
 
 bool meet_block(bool vote) {

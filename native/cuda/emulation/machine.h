@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <type_traits>
 
 namespace sdpa::cuda::emulation {
@@ -40,6 +41,25 @@ int capability();
 /// Meets the other lanes of the warp: the last to arrive runs `complete` on the operands of all.
 using Complete = void (*)(void* const* operands);
 void meet_warp(Complete complete, void* operands);
+
+/// The same for a warpgroup, threads 128 * n on.
+void meet_group(Complete complete, void* operands);
+
+/// Work of a warpgroup, begun but not awaited: closed in groups, run by those who wait for them.
+/// The last of a warpgroup calls these, from `complete`.
+void issue(std::function<void()> work);
+void close_issued();
+void run_issued(unsigned groups_left);
+
+/// Barriers with a transaction count (mbarrier). `bytes` are those that an arrival expects.
+void init_barrier(uint64_t* barrier, unsigned arrivals);
+void arrive(uint64_t* barrier, unsigned bytes);
+void wait_for(uint64_t* barrier, unsigned parity);
+/// Runs `copy`, which brings `bytes` to `to`, when all threads wait; then the barrier gets them.
+void deliver_later(void* to, unsigned bytes, uint64_t* barrier, std::function<void()> copy);
+
+/// Ends the process.
+[[noreturn]] void fail(const char* what);
 
 /// Meets all threads of the block; returns whether any of them came with `vote`.
 bool meet_block(bool vote);

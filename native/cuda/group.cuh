@@ -1,0 +1,95 @@
+// What Hopper adds to warp.cuh, each instruction behind one small function: products of a whole
+// warpgroup on shared memory (wgmma), copies by the tensor copy engine (TMA), barriers that count
+// their bytes (mbarrier), registers that move between warpgroups.
+//
+// Tiles in shared memory are panels of 64 columns of 16-bit elements: rows of 128 bytes, one after
+// the other, a panel aligned to 1,024 bytes; the 16-byte piece p of row r lies where piece p ^ (r %
+// 8) would (PTX ISA, "128B swizzling mode"). The engine writes them so, and products read them.
+//
+// Accumulators of a warpgroup are those of mma.sync (warp.cuh), 16 rows a warp.
+#pragma once
+
+#include "cuda/warp.cuh"
+
+namespace sdpa::cuda {
+
+constexpr uint32_t kGroupThreads = 128;
+constexpr uint32_t kPanelColumns = 64;
+constexpr uint32_t kPanelRowBytes = 128;
+
+using Barrier = uint64_t;  // in shared memory
+
+/// A tensor of 16-bit elements as the copy engine sees it: [batch, head, row, column], the sizes
+/// and the distances (in bytes, of all but columns) from the last to the first.
+struct MappedTensor {
+  const void* data;
+  uint64_t sizes[4], strides[3];
+
+  /// What the engine asks for: whole pieces of 16 bytes.
+  bool is_mappable() const {
+    const uint64_t together = strides[0] | strides[1] | strides[2];
+    return (reinterpret_cast<uintptr_t>(data) | together) % 16 == 0 && together < uint64_t{1} << 40;
+  }
+};
+
+}  // namespace sdpa::cuda
+
+// Of both: TensorMap, what is passed to a kernel, by value; make_map(tensor, rows of a panel, map),
+// a cudaError_t.
+//
+// init_barrier, publish_barriers (after the last init, before a block's barrier); arrive,
+// arrive_and_expect (bytes that copies will bring), wait_for: until the phase of that parity has
+// ended, the first one having parity 0. copy_panel: columns and rows from (column, row) on, zeros
+// outside of the tensor.
+//
+// Products are asynchronous: begin_products after registers that they use were written,
+// commit_products closes a group of them, wait_products<n> waits for all groups but the latest n.
+// Both operands of multiply_shared have their sixteen columns k side by side; operand B of
+// multiply_registers has rows k.
+#if defined(__CUDACC__)
+#include "cuda/group_gpu.cuh"
+#else
+#include "cuda/emulation/group.h"
+#endif
+
+namespace sdpa::cuda {
+
+SDPA_DEVICE uint32_t group_index() { return thread_index() / kGroupThreads; }
+
+/// Descriptors of operands (PTX ISA, "Matrix Descriptor Format"): 128-byte swizzle.
+SDPA_DEVICE uint64_t describe_matrix(const void* first, uint32_t leading_bytes) {
+  const uint64_t eight_rows = 8 * kPanelRowBytes / 16;
+  return uint64_t{1} << 62 | eight_rows << 32 | uint64_t{leading_bytes / 16} << 16 |
+         (descriptor_address(first) & 0x3ffff) / 16;
+}
+
+/// A tile of `rows` rows in panels.
+struct PanelTile {
+  unsigned char* data;
+  uint32_t rows;
+
+  static constexpr size_t bytes(uint32_t rows, uint32_t width) { return size_t{2} * rows * width; }
+  SDPA_DEVICE uint32_t panel_bytes() const { return rows * kPanelRowBytes; }
+
+  /// Starts to copy rows from `row` on, in all panels of `width` columns.
+  SDPA_DEVICE void copy(const TensorMap& map, Barrier* barrier, uint32_t width, uint32_t row,
+                        uint32_t head, uint32_t b) const {
+    SDPA_UNROLL_FEW
+    for (uint32_t column = 0; column < width; column += kPanelColumns) {
+      copy_panel(data + column / kPanelColumns * panel_bytes(), map, barrier, column, row, head, b);
+    }
+  }
+
+  /// Rows from `row` on (a multiple of 8), columns 16 * step on.
+  SDPA_DEVICE uint64_t by_columns(uint32_t row, uint32_t step) const {
+    // The distance of panels is not asked for: a step stays in one.
+    return describe_matrix(data + step / 4 * panel_bytes() + row * kPanelRowBytes + step % 4 * 32,
+                           16);
+  }
+  /// Rows 16 * step on as the depth of a product, all columns.
+  SDPA_DEVICE uint64_t by_rows(uint32_t step) const {
+    return describe_matrix(data + step * 16 * kPanelRowBytes, panel_bytes());
+  }
+};
+
+}  // namespace sdpa::cuda
