@@ -35,6 +35,8 @@
       'native/cuda/forward_bfloat16.cu',
       'native/cuda/forward_float16.cu',
       'native/cuda/forward_split.cu',
+    ],
+    'sdpa_cuda_hopper_sources': [
       'native/cuda/hopper_forward.cu',
     ],
     # What plays a GPU in the emulated plugin, which only tests use.

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <random>
 #include <vector>
 
 #include "cuda/emulation/fiber.h"
@@ -80,6 +81,7 @@ struct Machine {
   std::vector<Meeting> warps;
   std::vector<Group> groups;
   std::vector<Delivery> deliveries;
+  std::minstd_rand random;
   Fiber host;
   unsigned count = 0, current = 0, in_block = 0;
   bool vote = false, result = false;
@@ -132,10 +134,11 @@ struct Machine {
     }
   }
 
-  /// The latest copy of those that are under way: who waits for another one must not rely on order.
+  /// One of the copies that are under way: who waits for another must not rely on an order.
   void deliver() {
-    const Delivery d = std::move(deliveries.back());
-    deliveries.pop_back();
+    const auto chosen = deliveries.begin() + ptrdiff_t(random() % deliveries.size());
+    const Delivery d = std::move(*chosen);
+    deliveries.erase(chosen);
     d.copy();
     BarrierState state;
     std::memcpy(&state, d.barrier, sizeof state);
