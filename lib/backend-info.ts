@@ -52,6 +52,7 @@ export interface GpuInfo {
   readonly name: string;
   /** Such as 9 for Hopper */
   readonly computeCapability: number;
+  /** All that it has */
   readonly memoryBytes: number;
   /** Held by tensors and running calls */
   readonly usedBytes: number;

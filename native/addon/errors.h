@@ -3,7 +3,7 @@
 
 #include <napi.h>
 
-#include <cstdio>
+#include <cstddef>
 
 #include "core/backend.h"
 
@@ -30,11 +30,14 @@ inline const char* error_code(StatusCode code) {
 
 /// Asks for no memory but JavaScript's: that may be what is missing.
 inline Napi::Error make_error(Napi::Env env, const Status& status) {
-  char message[512];
   const bool is_lost = status.code == StatusCode::device_lost;
-  std::snprintf(message, sizeof message, "%s%s",
-                is_lost ? "The GPU has failed, and this process cannot use it any more: " : "",
-                status.message);
+  const char* const lost = "The GPU has failed, and this process cannot use it any more: ";
+  char message[512];
+  size_t length = 0;
+  for (const char* part : {is_lost ? lost : "", status.message}) {
+    while (*part && length + 1 < sizeof message) message[length++] = *part++;
+  }
+  message[length] = 0;
   Napi::Error error = Napi::Error::New(env, message);
   error.Set("code", error_code(status.code));
   return error;

@@ -21,6 +21,7 @@ auth: { htpasswd: { file: ${folder}/htpasswd } }
 uplinks: {}
 packages: { '**': { access: $all, publish: $anonymous } }
 log: { type: stdout, level: error }
+max_body_size: 50mb
 web: { enable: false }
 `,
   );
