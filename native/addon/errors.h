@@ -29,6 +29,7 @@ inline const char* error_code(StatusCode code) {
 }
 
 /// Asks for no memory but JavaScript's: that may be what is missing.
+/// By hand: the checked snprintf of a hardened build is glibc's alone, and musl has none.
 inline Napi::Error make_error(Napi::Env env, const Status& status) {
   const bool is_lost = status.code == StatusCode::device_lost;
   const char* const lost = "The GPU has failed, and this process cannot use it any more: ";
