@@ -60,6 +60,7 @@ export default defineConfig({
                   NODE_SDPA_PREBUILD: emulated,
                   SDPA_TEST_BACKENDS: 'cuda',
                   SDPA_EMULATED_DEVICES: '2',
+                  SDPA_CUDA_HOPPER: '1',
                   SDPA_TEST_SMALL: '1',
                 },
               },

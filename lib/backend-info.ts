@@ -98,8 +98,8 @@ export interface BackendInfo {
  * Says which backend computes, and what was tried and why it was passed over. Looks for GPUs, if
  * nothing has done so before.
  *
- * @throws RangeError `ERR_SDPA_INVALID_ARG_VALUE`: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS or
- *   SDPA_CUDA_MEMORY_LIMIT has a value that means nothing
+ * @throws RangeError `ERR_SDPA_INVALID_ARG_VALUE`: SDPA_BACKEND, SDPA_CPU_ISA, SDPA_NUM_THREADS,
+ *   SDPA_CUDA_MEMORY_LIMIT or SDPA_CUDA_HOPPER has a value that means nothing
  *
  * @example
  * ```js

@@ -103,6 +103,7 @@ export interface NativeBinding {
   openCuda(
     path: string,
     memoryLimit: number,
+    hopper: boolean,
   ): {
     reason: string;
     devices: { name: string; computeCapability: number; memoryBytes: number; reason: string }[];

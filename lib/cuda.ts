@@ -41,16 +41,16 @@ const PLUGIN = 'libsdpa_cuda.so';
 
 let opened: Cuda | undefined;
 
-/** The GPUs. Throws only where SDPA_CUDA_MEMORY_LIMIT means nothing. */
+/** The GPUs. Throws only where a setting of the environment means nothing. */
 export function openCuda(): Cuda {
   if (opened === undefined) {
-    opened = tryOpen(readMemoryLimit());
+    opened = tryOpen(readMemoryLimit(), readHopper());
     debug('cuda %s', opened.error?.message ?? opened.gpus.map(({ name }) => name).join(', '));
   }
   return opened;
 }
 
-function tryOpen(memoryLimit: number): Cuda {
+function tryOpen(memoryLimit: number, hopper: boolean): Cuda {
   const { native, path, error } = loadBinding();
   if (native === null) return noCuda(error?.message ?? 'there is no native addon', error);
   const plugin = join(dirname(path as string), PLUGIN);
@@ -63,7 +63,7 @@ function tryOpen(memoryLimit: number): Cuda {
   } catch (failure) {
     return noCuda((failure as Error).message, failure);
   }
-  const { devices, reason } = native.openCuda(plugin, memoryLimit);
+  const { devices, reason } = native.openCuda(plugin, memoryLimit, hopper);
   if (reason !== '') return noCuda(reason);
   const gpus = devices.map(({ reason, ...gpu }, device) => ({
     ...gpu,
@@ -87,6 +87,13 @@ function readMemoryLimit(): number {
   const bytes = Number(text);
   if (Number.isSafeInteger(bytes) && bytes > 0) return bytes;
   throw invalidValue('SDPA_CUDA_MEMORY_LIMIT', 'a number of bytes', JSON.stringify(text));
+}
+
+/** Whether GPUs of compute capability 9.0 use the kernels made for them. */
+function readHopper(): boolean {
+  const text = process.env.SDPA_CUDA_HOPPER || '0';
+  if (text === '0' || text === '1') return text === '1';
+  throw invalidValue('SDPA_CUDA_HOPPER', '0 or 1', JSON.stringify(text));
 }
 
 /** The number of the device in host memory's place. */

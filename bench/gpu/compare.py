@@ -32,8 +32,8 @@ def pointer(tensor):
 
 
 class Ours:
-    def __init__(self, plugin, precision):
-        self.plugin, self.precision = plugin, precision
+    def __init__(self, plugin, precision, hopper=False):
+        self.plugin, self.precision, self.hopper = plugin, precision, hopper
 
     def prepare(self, tensors, kind, causal, dropout):
         q, k, v, g = tensors
@@ -46,9 +46,17 @@ class Ours:
         outputs = ForwardOutputs(pointer(output), pointer(lse))
         backward = BackwardTensors(pointer(output), pointer(lse), pointer(g), *map(pointer, grads))
         self.kept = (tensors, output, lse, grads)
-        forward = lambda: self.plugin.forward(problem, inputs, outputs)
+
+        def forward():
+            self.plugin.configure(self.hopper)
+            self.plugin.forward(problem, inputs, outputs)
+
+        def call_backward():
+            self.plugin.configure(self.hopper)
+            self.plugin.backward(problem, inputs, backward)
+
         forward()
-        return forward, lambda: self.plugin.backward(problem, inputs, backward), output, grads
+        return forward, call_backward, output, grads
 
 
 class Peer:
@@ -117,6 +125,8 @@ def measure(plugin, shape, kind, causal, dropout, rounds):
     precisions = PRECISIONS if kind == "float32" else PRECISIONS[:2]
     for number, name in enumerate(precisions):
         subjects[f"node-sdpa {name}"] = Ours(plugin, number)
+        if torch.cuda.get_device_capability() == (9, 0):
+            subjects[f"node-sdpa {name}, Hopper"] = Ours(plugin, number, hopper=True)
     with_error = dropout == 0  # masks differ from library to library
     wanted = exact(tensors, causal) if with_error else None
     forwards, backwards, errors = {}, {}, {}
@@ -180,12 +190,12 @@ def main():
                 for row in measure(plugin, shape, kind, causal, dropout, rounds):
                     rows.append(row)
                     found = "" if row["error"] is None else f"  error {row['error']:.1e}"
-                    print(f"  {row['direction']:9} {row['subject']:20} {row['ms']:8.3f} ms "
+                    print(f"  {row['direction']:9} {row['subject']:26} {row['ms']:8.3f} ms "
                           f"{row['tflops']:7.1f} TFLOP/s  spread {row['spread']:.2f}{found}")
     print(f"\ndecode, bfloat16, {DECODE}")
     for row in measure_decode(plugin, rounds):
         rows.append(row)
-        print(f"  {row['subject']:20} {row['ms']:8.3f} ms {row['gigabytes_per_second']:7.0f} GB/s")
+        print(f"  {row['subject']:26} {row['ms']:8.3f} ms {row['gigabytes_per_second']:7.0f} GB/s")
     print(json.dumps(rows))
 
 

@@ -60,7 +60,11 @@ class Status(ctypes.Structure):
     _fields_ = [("code", ctypes.c_int), ("message", ctypes.c_char_p)]
 
 
-FUNCTIONS = ("open", "describe", "set_memory_limit", "memory_use", "allocate", "release", "copy",
+class Settings(ctypes.Structure):
+    _fields_ = [("memory_limit", ctypes.c_size_t), ("hopper", ctypes.c_bool)]
+
+
+FUNCTIONS = ("open", "describe", "configure", "memory_use", "allocate", "release", "copy",
              "forward", "backward", "dropout_mask")
 
 
@@ -94,6 +98,11 @@ class Plugin:
         status = prototype(getattr(self.table, name))(*addresses)
         if status.code != 0:
             raise RuntimeError(f"{name}: {status.message.decode()}")
+
+    def configure(self, hopper):
+        """Whether GPUs of compute capability 9.0 use the kernels made for them."""
+        prototype = ctypes.CFUNCTYPE(None, ctypes.POINTER(Settings))
+        prototype(self.table.configure)(ctypes.byref(Settings(0, hopper)))
 
     def allocate(self, size):
         memory = ctypes.c_void_p()

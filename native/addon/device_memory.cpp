@@ -81,7 +81,8 @@ size_t read_bytes(Napi::Env env, napi_value value) {
   return size_t(bytes);
 }
 
-/// (path, most bytes on each device or 0) -> {reason, devices: [{name, reason, ...}]}
+/// (path, most bytes on each device or 0, whether Hopper's kernels are used) -> {reason, devices:
+/// [{name, reason, ...}]}
 napi_value open_cuda(Napi::Env env, const napi_value* values) {
   const std::string path = Napi::Value(env, values[0]).ToString();
   const CudaPlugin& plugin = open_cuda_plugin(path.c_str());
@@ -90,9 +91,8 @@ napi_value open_cuda(Napi::Env env, const napi_value* values) {
   result.Set("reason", plugin.reason);
   result.Set("devices", devices);
   if (!plugin.functions) return result;
-  if (const size_t bytes = read_bytes(env, values[1]); bytes > 0) {
-    plugin.functions->set_memory_limit(bytes);
-  }
+  plugin.functions->configure(
+      {read_bytes(env, values[1]), Napi::Value(env, values[2]).ToBoolean()});
   for (int device = 0; device < plugin.device_count; ++device) {
     cuda::DeviceInfo found{};
     const Status status = plugin.functions->describe(device, &found);
@@ -158,7 +158,7 @@ SharedDeviceMemory device_memory_of(Napi::Env env, napi_value value) {
 }
 
 void export_device_memory(Napi::Env env, Napi::Object exports) {
-  add_function<2, open_cuda>(env, exports, "openCuda");
+  add_function<3, open_cuda>(env, exports, "openCuda");
   add_function<2, device_allocate>(env, exports, "deviceAllocate");
   add_function<1, device_share>(env, exports, "deviceShare");
   add_function<1, device_release>(env, exports, "deviceRelease");

@@ -12,6 +12,7 @@ namespace {
 
 /// The oldest compute capability that there are kernels for: Turing.
 constexpr int kOldestCapability = 75;
+constexpr int kHopper = 90;
 
 struct Devices {
   Status status;
@@ -72,9 +73,11 @@ Device* Device::find(int index) {
   return index >= 0 && size_t(index) < list.size() ? list[size_t(index)] : nullptr;
 }
 
-void Device::set_memory_limit(size_t bytes) {
+void Device::configure(const Settings& settings) {
   for (Device* const device : devices().list) {
-    device->memory_.set_limit(bytes != 0 ? bytes : device->properties_.memory_bytes);
+    const size_t limit = settings.memory_limit;
+    device->memory_.set_limit(limit != 0 ? limit : device->properties_.memory_bytes);
+    device->hopper_ = settings.hopper && device->properties_.compute_capability == kHopper;
   }
 }
 
@@ -85,7 +88,7 @@ Device::Device(int index, const runtime::Properties& properties)
 
 DeviceLimits Device::limits() const {
   return {properties_.compute_capability, properties_.sm_count, properties_.shared_bytes_per_block,
-          properties_.l2_bytes};
+          properties_.l2_bytes, hopper_};
 }
 
 Status Device::enter() {

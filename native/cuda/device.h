@@ -9,6 +9,7 @@
 #include "cuda/kernels.h"
 #include "cuda/lane.h"
 #include "cuda/memory_cache.h"
+#include "cuda/plugin.h"
 
 namespace sdpa::cuda {
 
@@ -19,7 +20,7 @@ class Device {
   static Status open_all(int* count);
   /// Null where there is no such device.
   static Device* find(int index);
-  static void set_memory_limit(size_t bytes);
+  static void configure(const Settings& settings);
 
   int index() const { return index_; }
   const runtime::Properties& properties() const { return properties_; }
@@ -49,6 +50,7 @@ class Device {
   const int index_;
   const runtime::Properties properties_;
   std::atomic<runtime::Error> fault_{runtime::kSuccess};  // what lost the device
+  std::atomic<bool> hopper_{false};                       // Settings::hopper, where it applies
   MemoryCache memory_;
   std::mutex mutex_;
   std::vector<Lane*> free_lanes_;

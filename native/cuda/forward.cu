@@ -76,7 +76,7 @@ size_t rows_of_call(const Problem& p) { return size_t{p.batch} * p.query_heads *
 /// Whether the kernels of hopper_forward.cuh are for this call.
 bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
   const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
-  return limits.sm == 90 && p.type == p.key_type && p.type != Type::float32 &&
+  return limits.hopper && p.type == p.key_type && p.type != Type::float32 &&
          p.precision != Precision::highest && p.head_dim <= 256 && p.value_dim <= 256 &&
          p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && p.mask_type == MaskType::none &&
          p.softcap == 0 && p.scale >= 0 && p.key_block_length == 0 && !is_decode(p) && is_drawn;

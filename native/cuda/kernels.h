@@ -21,6 +21,7 @@ struct DeviceLimits {
   int sm_count;                   // multiprocessors
   size_t shared_bytes_per_block;  // with opt-in (cudaDevAttrMaxSharedMemoryPerBlockOptin)
   size_t l2_bytes;
+  bool hopper;  // whether the kernels for compute capability 9.0 alone may be chosen
 };
 
 /// A cudaStream_t.

@@ -45,7 +45,7 @@ Status describe(int device, DeviceInfo* info) {
   });
 }
 
-void set_memory_limit(size_t bytes) { Device::set_memory_limit(bytes); }
+void configure(const Settings& settings) { Device::configure(settings); }
 
 MemoryUse memory_use(int device) {
   Device* const found = Device::find(device);
@@ -80,9 +80,8 @@ Status dropout_mask(int index, const Problem& problem, uint8_t* mask, size_t byt
                    [&](Device& device) { return run_dropout_mask(device, problem, mask, bytes); });
 }
 
-constexpr Plugin kPlugin = {kPluginAbi, SDPA_VERSION, open,    describe, set_memory_limit,
-                            memory_use, allocate,     release, copy,     forward,
-                            backward,   dropout_mask};
+constexpr Plugin kPlugin = {kPluginAbi, SDPA_VERSION, open, describe, configure, memory_use,
+                            allocate,   release,      copy, forward,  backward,  dropout_mask};
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace sdpa::cuda {
 
 /// Changes whenever anything in this file, in core/backend.h or in core/problem.h does.
-constexpr uint32_t kPluginAbi = 1;
+constexpr uint32_t kPluginAbi = 2;
 
 /// An array in host memory, as long as it is.
 struct HostArray {
@@ -49,6 +49,12 @@ struct MemoryUse {
   size_t limit_bytes;   // of both together
 };
 
+/// Of every device.
+struct Settings {
+  size_t memory_limit;  // bytes; 0: all that a device has
+  bool hopper;          // whether a GPU of compute capability 9.0 uses the kernels made for it
+};
+
 /// Invariant: every function may be called from any thread, also at the same time; none throws,
 /// prints or ends the process. Calls and copies wait until the device has done them.
 struct Plugin {
@@ -58,8 +64,7 @@ struct Plugin {
   Status (*open)(int* device_count);
   /// `unavailable`: this device cannot be used, and why.
   Status (*describe)(int device, DeviceInfo* info);
-  /// Of every device; 0: all that it has.
-  void (*set_memory_limit)(size_t bytes);
+  void (*configure)(const Settings&);
   MemoryUse (*memory_use)(int device);
   Status (*allocate)(int device, size_t bytes, void** memory);
   /// Of memory that no call uses any more.

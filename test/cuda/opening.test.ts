@@ -156,6 +156,15 @@ describe('SDPA_CUDA_MEMORY_LIMIT', () => {
   });
 });
 
+test('SDPA_CUDA_HOPPER is an error where it is neither 0 nor 1', async () => {
+  const env = { SDPA_CUDA_HOPPER: 'yes', SDPA_BACKEND: 'cuda' };
+  const args = ['-e', 'require("node-sdpa").backendInfo()'];
+  const { status, stderr } = await runNode({ env, args });
+  expect(status).toBe(1);
+  expect(stderr).toContain('ERR_SDPA_INVALID_ARG_VALUE');
+  expect(stderr).toContain('SDPA_CUDA_HOPPER: expected 0 or 1');
+});
+
 test('SDPA_MAX_BYTES counts results on a GPU', async () => {
   const result = await runProgram('gpu-bytes', { env: { SDPA_MAX_BYTES: '10000' } });
   expect(result).toEqual({

@@ -212,7 +212,7 @@ void choose_hopper(Case& c, Random& r) {
   if (p.type == Type::float32) p.type = r.one_in(2) ? Type::float16 : Type::bfloat16;
   p.key_type = p.type;
   p.precision = r.one_in(2) ? Precision::high : Precision::medium;
-  c.limits = {90, 8, 227 * 1024, size_t{1} << 22};
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
 }
 
 Case choose(uint64_t seed) {
@@ -233,7 +233,7 @@ Case choose(uint64_t seed) {
   const int sm = r.of(sms);
   const size_t shared[] = {64, 163, 99, 227, 99};
   for (int i = 0; i < 5; ++i) {
-    if (sms[i] == sm) c.limits = {sm, 8, shared[i] * 1024, size_t{1} << 22};
+    if (sms[i] == sm) c.limits = {sm, 8, shared[i] * 1024, size_t{1} << 22, false};
   }
   if (hopper) choose_hopper(c, r);
   choose_rules(c, r);
@@ -703,7 +703,7 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   p.is_causal = 1;
   p.causal_offset = decode ? 520 : 5;
   p.window_left = p.window_right = -1;
-  c.limits = {90, 8, 227 * 1024, size_t{1} << 22};
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
   // Kernels for Hopper leave such rows to others, whose rounding is their own.
   const bool exact = type == Type::float32 || precision == Precision::highest;
   const auto agree = [exact](double a, double b) {
