@@ -226,15 +226,6 @@ SDPA_DEVICE bool any_nan(const float (&sums)[kTiles][4]) {
   return nan;
 }
 
-template <int kTiles>
-SDPA_DEVICE void clear(float (&sums)[kTiles][4]) {
-  SDPA_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    SDPA_UNROLL
-    for (int e = 0; e < 4; ++e) sums[n][e] = 0;
-  }
-}
-
 /// Loads the rows that the block owns: its queries and their gradients.
 template <typename S>
 SDPA_DEVICE void load_owned_queries(const BackwardCall& g, const ForwardBlock& k,

@@ -75,16 +75,21 @@ size_t rows_of_call(const Problem& p) { return size_t{p.batch} * p.query_heads *
 
 /// Whether the kernels of hopper_forward.cuh are for this call.
 bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
+  const uint32_t width = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  const bool is_split = p.precision == Precision::highest;
+  // Rows in memory are whole pieces of 16 bytes; those of float32 tensors are written so.
+  const bool in_pieces = p.type == Type::float32 || (p.head_dim % 8 == 0 && p.value_dim % 8 == 0);
+  const bool has_scale = p.scale == 0 || (p.scale > 0x1p-40f && p.scale < 0x1p40f);
   const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
-  return limits.hopper && p.type == p.key_type && p.type != Type::float32 &&
-         p.precision != Precision::highest && p.head_dim <= 256 && p.value_dim <= 256 &&
-         p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && p.mask_type == MaskType::none &&
-         p.softcap == 0 && p.scale >= 0 && p.key_block_length == 0 && !is_decode(p) && is_drawn;
+  return limits.hopper && p.type == p.key_type && width <= (is_split ? 128 : 256) && in_pieces &&
+         p.mask_type == MaskType::none && p.softcap == 0 && has_scale && p.key_block_length == 0 &&
+         !is_decode(p) && is_drawn;
 }
 
-/// Floats of workspace: what splits hand on, and lse where the matrices need it; then flags.
+/// Floats of workspace: what splits hand on, and lse where the matrices need it; then, in bytes,
+/// what Hopper's kernels use.
 struct ForwardWorkspace {
-  size_t context = 0, sums = 0, lse = 0, flags = 0;
+  size_t context = 0, sums = 0, lse = 0, hopper = 0;
   ForwardWorkspace(const Problem& p, const ForwardOutputs& wanted, const DeviceLimits& limits) {
     const size_t splits = most_splits(p);
     if (splits > 1) {
@@ -92,12 +97,10 @@ struct ForwardWorkspace {
       sums = rows_of_call(p) * splits * 2;
     }
     if (wants_matrices(wanted) && !wanted.lse) lse = rows_of_call(p);
-    if (hopper_takes(p, limits)) {
-      flags = size_t{p.batch} * p.query_heads * nan_flags(p.query_length);
-    }
+    if (hopper_takes(p, limits)) hopper = hopper_forward_workspace(p);
   }
-  size_t floats() const { return context + sums + lse; }
-  size_t bytes() const { return floats() * sizeof(float) + flags; }
+  size_t hopper_at() const { return ((context + sums + lse) * sizeof(float) + 15) / 16 * 16; }
+  size_t bytes() const { return hopper_at() + hopper; }
 };
 
 ForwardCall forward_call(const Problem& p, const Inputs& inputs, const ForwardOutputs& outputs,
@@ -130,12 +133,11 @@ int start_portable(const ForwardCall& f, const DeviceLimits& limits, Stream stre
   return start_forward_split(f, width, terms, limits, stream);
 }
 
-/// `has_nan` is workspace.
-int start_contexts(ForwardCall f, uint8_t* has_nan, const DeviceLimits& limits, Stream stream) {
+/// `workspace` is for Hopper's kernels.
+int start_contexts(ForwardCall f, void* workspace, const DeviceLimits& limits, Stream stream) {
   if (hopper_takes(f.call.problem, limits) && !f.call.inputs.keep_mask) {
-    const int error = start_hopper_forward(f, has_nan, limits, stream);
+    const int error = start_hopper_forward(f, workspace, limits, stream);
     if (error != kSuccess && error != kNotTaken) return error;
-    if (error == kSuccess) f.has_nan = has_nan;
   }
   return start_portable(f, limits, stream);
 }
@@ -167,8 +169,8 @@ int launch_forward(const Problem& p, const Inputs& inputs, const ForwardOutputs&
                    void* workspace, const DeviceLimits& limits, Stream stream) {
   const ForwardWorkspace sizes(p, outputs, limits);
   const ForwardCall f = forward_call(p, inputs, outputs, sizes, workspace);
-  uint8_t* const flags = static_cast<uint8_t*>(workspace) + sizes.floats() * sizeof(float);
-  int error = start_contexts(f, flags, limits, stream);
+  unsigned char* const bytes = static_cast<unsigned char*>(workspace);
+  int error = start_contexts(f, bytes + sizes.hopper_at(), limits, stream);
   if (error == kSuccess && f.splits > 1) {
     const uint64_t warps = uint64_t{f.units} * f.rows;
     const uint64_t blocks = (warps + kCombineWarps - 1) / kCombineWarps;

@@ -152,6 +152,15 @@ using ScoreFragment = float[S::kRowSets][S::kKeyTiles][4];
 template <typename S>
 using WeightFragment = uint32_t[S::kRowSets][S::kKeys / 16][S::kWeightTerms][4];
 
+template <int kTiles>
+SDPA_DEVICE void clear(float (&sums)[kTiles][4]) {
+  SDPA_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    SDPA_UNROLL
+    for (int e = 0; e < 4; ++e) sums[n][e] = 0;
+  }
+}
+
 /// Between registers and arrays that a function may index.
 template <typename T, int kTiles>
 SDPA_DEVICE void copy_fragment(const T (&from)[kTiles][4], T (&to)[kTiles][4]) {
@@ -182,13 +191,7 @@ template <typename S, typename B, typename LoadA>
 SDPA_DEVICE void multiply_tile(uint32_t depth, const LoadA& load_a, const B& tile,
                                ScoreFragment<S>& products) {
   SDPA_UNROLL
-  for (int r = 0; r < S::kRowSets; ++r) {
-    SDPA_UNROLL
-    for (int j = 0; j < S::kKeyTiles; ++j) {
-      SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) products[r][j][e] = 0;
-    }
-  }
+  for (int r = 0; r < S::kRowSets; ++r) clear(products[r]);
   const auto step = [&](uint32_t s) {
     uint32_t a[S::kRowSets][S::kTerms][4];
     SDPA_UNROLL
@@ -579,11 +582,7 @@ SDPA_DEVICE void accumulate(const ForwardCall& f, const ForwardBlock& k, uint32_
   const Problem& p = call.problem;
   SDPA_UNROLL
   for (int r = 0; r < S::kRowSets; ++r) {
-    SDPA_UNROLL
-    for (int n = 0; n < S::kColumns / 8; ++n) {
-      SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) state.context[r][n][e] = 0;
-    }
+    clear(state.context[r]);
     SDPA_UNROLL
     for (int h = 0; h < 2; ++h) {
       state.row_max[r][h] = -SDPA_INFINITY;

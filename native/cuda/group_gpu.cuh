@@ -104,12 +104,14 @@ SDPA_DEVICE void hold(float (&sums)[kTiles][4]) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(sums[j][e])::"memory");
   }
 }
-template <int kSteps>
-SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][1][4]) {
+template <int kSteps, int kTerms>
+SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
   SDPA_UNROLL
   for (int s = 0; s < kSteps; ++s) {
     SDPA_UNROLL
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(operand[s][0][i])::"memory");
+    for (int i = 0; i < 4 * kTerms; ++i) {
+      asm volatile("" : "+r"(operand[s][i / 4][i % 4])::"memory");
+    }
   }
 }
 
@@ -145,12 +147,14 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][1][4]) {
                " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"   \
                : SDPA_SUMS_##tiles(sums, 0)                                          \
                : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)))
-#define SDPA_PRODUCT_OF_REGISTERS(type, columns, tiles, registers, a0, a1, a2, a3, b)         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type          \
+#define SDPA_PRODUCT_OF_REGISTERS(type, columns, tiles, registers, a0, a1, a2, a3, b, add)    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                      \
+               ", 0;\n"                                                                       \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type          \
                " {" SDPA_LIST_##registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b \
-                                          ", 1, 1, 1, 1;"                                     \
+                                          ", p, 1, 1, 1;\n}"                                  \
                : SDPA_SUMS_##tiles(sums, 0)                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_matrix), "r"(int(adds)))
 #define SDPA_BY_TYPE(product, ...)        \
   if constexpr (kHalf == Half::float16) { \
     product("f16", __VA_ARGS__);          \
@@ -171,14 +175,14 @@ SDPA_DEVICE void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, ui
 
 template <Half kHalf, int kTiles>
 SDPA_DEVICE void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4],
-                                    uint64_t b_matrix) {
+                                    uint64_t b_matrix, bool adds) {
   static_assert(kTiles == 8 || kTiles == 16 || kTiles == 32);
   if constexpr (kTiles == 8) {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 64, 8, 32, 32, 33, 34, 35, 36)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 64, 8, 32, 32, 33, 34, 35, 36, 37)
   } else if constexpr (kTiles == 16) {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 128, 16, 64, 64, 65, 66, 67, 68)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 128, 16, 64, 64, 65, 66, 67, 68, 69)
   } else {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 256, 32, 128, 128, 129, 130, 131, 132)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 256, 32, 128, 128, 129, 130, 131, 132, 133)
   }
 }
 

@@ -3,12 +3,14 @@
 // multiplied while the weights of the tile before meet its values (the arrangement of
 // FlashAttention-3, Shah et al., arXiv 2407.08608).
 //
-// Takes single products of 16-bit tensors without a mask; the portable kernels take the rest, and
-// compute again what comes out as NaN (see forward.cuh on values that are not finite).
+// Takes tensors of 16 bits without a mask, and float32 ones as terms of float16 (hopper_terms.cuh);
+// the portable kernels take the rest, and compute again what comes out as NaN (see forward.cuh on
+// values that are not finite).
 #pragma once
 
 #include "cuda/forward.cuh"
 #include "cuda/group.cuh"
+#include "cuda/hopper_terms.cuh"
 
 namespace sdpa::cuda {
 
@@ -17,12 +19,14 @@ constexpr float kLn2 = 0.693147181f;
 // ------------------------------------------------------------------------------------------ shapes
 
 /// Names as in ForwardShape, as far as functions of forward.cuh ask for them.
-template <Half kHalf_, int kWidth_>
+template <Half kHalf_, int kTerms_, int kWeightTerms_, int kWidth_>
 struct HopperShape {
   static constexpr Half kHalf = kHalf_;
-  static constexpr int kTerms = 1, kWeightTerms = 1, kWidth = kWidth_, kColumns = kWidth_;
-  static constexpr int kRowSets = 1;
-  static constexpr int kKeys = kWidth > 128 ? 64 : 128;
+  static constexpr int kTerms = kTerms_, kWeightTerms = kWeightTerms_, kWidth = kWidth_;
+  static constexpr int kColumns = kWidth, kRowSets = 1;
+  /// Where operands are split, each tile is summed by itself and added in float32 (forward.cuh).
+  static constexpr bool kFresh = kWeightTerms > 1;
+  static constexpr int kKeys = kFresh || kWidth > 128 ? 64 : 128;
   static constexpr int kKeyTiles = kKeys / 8;
   static constexpr float kWeightShift = kHalf == Half::float16 ? 14 : 0;
   /// Warpgroups that compute; registers bound them.
@@ -33,15 +37,16 @@ struct HopperShape {
   static constexpr uint32_t kGroupRows = 64, kRows = kGroups * kGroupRows;
   static constexpr uint32_t kStages = 2;
 
-  static constexpr size_t kQueryBytes = PanelTile::bytes(kRows, kWidth);
-  static constexpr size_t kTileBytes = PanelTile::bytes(kKeys, kWidth);
+  static constexpr size_t kQueryBytes = kTerms * PanelTile::bytes(kRows, kWidth);
+  static constexpr size_t kTileBytes = kTerms * PanelTile::bytes(kKeys, kWidth);
   static constexpr size_t kSharedBytes =
       kQueryBytes + 2 * kStages * kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
 };
 
 struct HopperCall {
   ForwardCall forward;
-  TensorMap query, key, value;
+  TensorMap query, key, value;  // terms of a head one after the other, as heads
+  TermFactors factors;
   uint8_t* has_nan;  // as ForwardCall's, to be written
 };
 
@@ -50,12 +55,12 @@ template <typename S>
 struct HopperTiles {
   unsigned char* shared;
 
-  SDPA_DEVICE PanelTile queries() const { return {shared, S::kRows}; }
-  SDPA_DEVICE PanelTile keys(uint32_t stage) const {
-    return {shared + S::kQueryBytes + 2 * stage * S::kTileBytes, S::kKeys};
+  SDPA_DEVICE PanelTile queries(uint32_t term) const {
+    return {shared + term * (S::kQueryBytes / S::kTerms), S::kRows};
   }
-  SDPA_DEVICE PanelTile values(uint32_t stage) const {
-    return {shared + S::kQueryBytes + (2 * stage + 1) * S::kTileBytes, S::kKeys};
+  SDPA_DEVICE PanelTile keys(uint32_t stage, uint32_t term) const { return tile(2 * stage, term); }
+  SDPA_DEVICE PanelTile values(uint32_t stage, uint32_t term) const {
+    return tile(2 * stage + 1, term);
   }
   SDPA_DEVICE Barrier* queries_full() const {
     return reinterpret_cast<Barrier*>(shared + S::kQueryBytes + 2 * S::kStages * S::kTileBytes);
@@ -74,6 +79,12 @@ struct HopperTiles {
       init_barrier(values_free(stage), 4 * S::kGroups);
     }
   }
+
+ private:
+  SDPA_DEVICE PanelTile tile(uint32_t number, uint32_t term) const {
+    return {shared + S::kQueryBytes + number * S::kTileBytes + term * (S::kTileBytes / S::kTerms),
+            S::kKeys};
+  }
 };
 
 // ---------------------------------------------------------------------------------------- producer
@@ -83,28 +94,43 @@ template <typename S>
 SDPA_DEVICE void bring_tiles(const HopperCall& h, const ForwardBlock& k,
                              const HopperTiles<S>& tiles, uint32_t begin, uint32_t count) {
   arrive_and_expect(tiles.queries_full(), S::kQueryBytes);
-  tiles.queries().copy(h.query, tiles.queries_full(), S::kWidth, k.first_row, k.first_head, k.b);
+  SDPA_UNROLL
+  for (uint32_t t = 0; t < S::kTerms; ++t) {
+    tiles.queries(t).copy(h.query, tiles.queries_full(), S::kWidth, k.first_row,
+                          k.first_head * S::kTerms + t, k.b);
+  }
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t stage = i % S::kStages, turn = i / S::kStages, key = begin + i * S::kKeys;
+    const uint32_t head = k.kv_head * S::kTerms;
     if (turn > 0) wait_for(tiles.keys_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.keys_full(stage), S::kTileBytes);
-    tiles.keys(stage).copy(h.key, tiles.keys_full(stage), S::kWidth, key, k.kv_head, k.b);
+    SDPA_UNROLL
+    for (uint32_t t = 0; t < S::kTerms; ++t) {
+      tiles.keys(stage, t).copy(h.key, tiles.keys_full(stage), S::kWidth, key, head + t, k.b);
+    }
     if (turn > 0) wait_for(tiles.values_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.values_full(stage), S::kTileBytes);
-    tiles.values(stage).copy(h.value, tiles.values_full(stage), S::kWidth, key, k.kv_head, k.b);
+    SDPA_UNROLL
+    for (uint32_t t = 0; t < S::kTerms; ++t) {
+      tiles.values(stage, t).copy(h.value, tiles.values_full(stage), S::kWidth, key, head + t, k.b);
+    }
   }
 }
 
-// ----------------------------------------------------------------------------------------
-// consumers
+// --------------------------------------------------------------------------------------- consumers
+
+template <typename S>
+using Context = float[S::kColumns / 8][4];
+template <typename S>
+using WeightOperand = uint32_t[S::kKeys / 16][S::kWeightTerms][4];
 
 /// What a thread of a consumer holds of its two rows.
 template <typename S>
 struct HopperRows {
   uint32_t head, query[2];
   KeyRange seen[2];
-  float context[S::kColumns / 8][4];
+  Context<S> context;
   float shift[2], sum[2];  // of exponents, in units of log2; -infinity: no key so far
 };
 
@@ -143,35 +169,69 @@ SDPA_DEVICE void drop_words(const KeepWords<kTiles>& keep, float dropped,
   }
 }
 
+/// Calls body(i, j) for the pairs of terms whose products count, the smallest first (tile.cuh).
+template <int kTermsA, int kTermsB, typename Body>
+SDPA_DEVICE void each_pair(const Body& body) {
+  SDPA_UNROLL
+  for (int sum = (kTermsA > kTermsB ? kTermsA : kTermsB) - 1; sum >= 0; --sum) {
+    SDPA_UNROLL
+    for (int i = 0; i < kTermsA; ++i) {
+      if (i <= sum && sum - i < kTermsB) body(i, sum - i);
+    }
+  }
+}
+
 /// scores = queries . keys of one tile, begun.
 template <typename S>
 SDPA_DEVICE void begin_scores(const HopperTiles<S>& tiles, uint32_t group, uint32_t stage,
                               float (&scores)[S::kKeyTiles][4]) {
-  const PanelTile queries = tiles.queries(), keys = tiles.keys(stage);
   hold(scores);
   begin_products();
-  SDPA_UNROLL
-  for (uint32_t s = 0; s < S::kWidth / 16; ++s) {
-    multiply_shared<S::kHalf>(scores, queries.by_columns(group * S::kGroupRows, s),
-                              keys.by_columns(0, s), s > 0);
-  }
+  bool adds = false;
+  each_pair<S::kTerms, S::kTerms>([&](int i, int j) {
+    SDPA_UNROLL
+    for (uint32_t s = 0; s < S::kWidth / 16; ++s) {
+      multiply_shared<S::kHalf>(scores, tiles.queries(i).by_columns(group * S::kGroupRows, s),
+                                tiles.keys(stage, j).by_columns(0, s), adds);
+      adds = true;
+    }
+  });
   commit_products();
 }
 
-/// context += weights . values of one tile, begun.
+/// context += weights . values of one tile, begun; `fresh` is set instead where S::kFresh.
 template <typename S>
 SDPA_DEVICE void begin_context(const HopperTiles<S>& tiles, uint32_t stage,
-                               uint32_t (&weights)[S::kKeys / 16][1][4],
-                               float (&context)[S::kColumns / 8][4]) {
-  const PanelTile values = tiles.values(stage);
+                               WeightOperand<S>& weights, Context<S>& context, Context<S>& fresh) {
+  Context<S>& sums = S::kFresh ? fresh : context;
   hold(weights);
-  hold(context);
+  hold(sums);
   begin_products();
-  SDPA_UNROLL
-  for (uint32_t s = 0; s < S::kKeys / 16; ++s) {
-    multiply_registers<S::kHalf>(context, weights[s][0], values.by_rows(s));
-  }
+  bool adds = !S::kFresh;
+  each_pair<S::kWeightTerms, S::kTerms>([&](int i, int j) {
+    SDPA_UNROLL
+    for (uint32_t s = 0; s < S::kKeys / 16; ++s) {
+      multiply_registers<S::kHalf>(sums, weights[s][i], tiles.values(stage, j).by_rows(s), adds);
+      adds = true;
+    }
+  });
   commit_products();
+}
+
+/// Waits for what begin_context began, and adds what is fresh.
+template <typename S>
+SDPA_DEVICE void end_context(Context<S>& context, Context<S>& fresh) {
+  wait_products<0>();
+  if constexpr (S::kFresh) {
+    hold(fresh);
+    SDPA_UNROLL
+    for (int n = 0; n < S::kColumns / 8; ++n) {
+      SDPA_UNROLL
+      for (int e = 0; e < 4; ++e) context[n][e] += fresh[n][e];
+    }
+  } else {
+    hold(context);
+  }
 }
 
 SDPA_DEVICE void release(Barrier* barrier) {
@@ -232,21 +292,19 @@ SDPA_DEVICE void finish_scores(const ForwardCall& f, const ForwardBlock& k, uint
   if (f.call.drops(Placement::weights)) drop_words(keep, 0.0f, scores);
 }
 
-/// Runs over `count` tiles of keys from `begin` on.
+/// Runs over `count` tiles of keys from `begin` on. `scale` is in units of log2.
 template <typename S>
 SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const HopperTiles<S>& tiles,
-                        uint32_t group, uint32_t begin, uint32_t count, HopperRows<S>& rows) {
+                        uint32_t group, uint32_t begin, uint32_t count, float scale,
+                        HopperRows<S>& rows) {
   const Call& call = f.call;
-  const float scale = call.problem.scale * kLog2E;
   const bool draws = call.drops(Placement::scores) || call.drops(Placement::weights);
   float scores[S::kKeyTiles][4], correction[2];
-  uint32_t weights[S::kKeys / 16][1][4];
+  WeightOperand<S> weights;
+  Context<S> fresh;
   KeepWords<S::kKeyTiles> keep{};
-  SDPA_UNROLL
-  for (int j = 0; j < S::kKeyTiles; ++j) {
-    SDPA_UNROLL
-    for (int e = 0; e < 4; ++e) scores[j][e] = 0;
-  }
+  clear(scores);
+  if (S::kFresh) clear(fresh);
   wait_for(tiles.queries_full(), 0);
   wait_for(tiles.keys_full(0), 0);
   begin_scores<S>(tiles, group, 0, scores);
@@ -262,14 +320,13 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
     wait_for(tiles.keys_full(stage), i / S::kStages % 2);
     begin_scores<S>(tiles, group, stage, scores);
     wait_for(tiles.values_full(before), (i - 1) / S::kStages % 2);
-    begin_context<S>(tiles, before, weights, rows.context);
+    begin_context<S>(tiles, before, weights, rows.context, fresh);
     if (draws) keep.draw(call, k.b, rows.head, rows.query, begin + i * S::kKeys);
     wait_products<1>();
     hold(scores);
     release(tiles.keys_free(stage));
     finish_scores<S>(f, k, begin + i * S::kKeys, scale, keep, rows, scores, correction);
-    wait_products<0>();
-    hold(rows.context);
+    end_context<S>(rows.context, fresh);
     release(tiles.values_free(before));
     SDPA_UNROLL
     for (int n = 0; n < S::kColumns / 8; ++n) {
@@ -280,15 +337,22 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   }
   const uint32_t last = count - 1;
   wait_for(tiles.values_full(last % S::kStages), last / S::kStages % 2);
-  begin_context<S>(tiles, last % S::kStages, weights, rows.context);
-  wait_products<0>();
-  hold(rows.context);
+  begin_context<S>(tiles, last % S::kStages, weights, rows.context, fresh);
+  end_context<S>(rows.context, fresh);
+}
+
+/// Writes the flag of the warp's rows.
+SDPA_DEVICE void flag_rows(const HopperCall& c, const ForwardBlock& k, uint32_t first_row,
+                           bool flag) {
+  const uint32_t rows = c.forward.rows;
+  if (lane_index() != 0 || first_row >= rows) return;
+  c.has_nan[size_t{k.unit} * nan_flags(rows) + first_row / kNanRows] = flag;
 }
 
 /// Divides by the sum, rescales and drops for dropout, writes the output and lse.
 template <typename S>
 SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t first_row,
-                            HopperRows<S>& rows) {
+                            float value_factor, HopperRows<S>& rows) {
   const ForwardCall& f = c.forward;
   const Call& call = f.call;
   const Problem& p = call.problem;
@@ -306,7 +370,7 @@ SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t
     if (first_row + 8 * h + lane_index() / 4 >= f.rows) continue;
     const size_t at = row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, k.b,
                                  rows.head, rows.query[h]);
-    const float factor = context_factor(call, sum);
+    const float factor = context_factor(call, sum) * value_factor;
     SDPA_UNROLL
     for (int n = 0; n < S::kColumns / 8; ++n) {
       const float x = rows.context[n][2 * h] * factor, y = rows.context[n][2 * h + 1] * factor;
@@ -318,20 +382,35 @@ SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t
           sum == 0 ? -SDPA_INFINITY : fmaf(rows.shift[h], kLn2, logf(sum * kLower));
     }
   }
-  const bool any = warp_any(nan);
-  if (lane_index() == 0 && first_row < f.rows) {
-    c.has_nan[size_t{k.unit} * nan_flags(f.rows) + first_row / kNanRows] = any;
-  }
+  flag_rows(c, k, first_row, warp_any(nan));
 }
+
+/// What the products of a block are multiplied by.
+struct BlockFactors {
+  float scores, values;
+  bool is_fit;  // whether all three tensors could be written as terms
+
+  SDPA_DEVICE static BlockFactors of(const HopperCall& c, const ForwardBlock& k) {
+    const Problem& p = c.forward.call.problem;
+    const float scale = p.scale * kLog2E;
+    if (!c.factors.query) return {scale, 1.0f, true};
+    const size_t kv = size_t{k.b} * p.kv_heads + k.kv_head;
+    const float query = c.factors.query[size_t{k.b} * p.query_heads + k.first_head];
+    const float key = c.factors.key[kv], value = c.factors.value[kv];
+    return {scale * query * key, value, query != 0 && key != 0 && value != 0};
+  }
+};
 
 template <typename S>
 SDPA_KERNEL(S::kThreads, 1)
 hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
   const ForwardCall& f = c.forward;
   const ForwardBlock k = forward_block(f, block_index().x, S::kRows, S::kColumns);
+  const BlockFactors factors = BlockFactors::of(c, k);
   const HopperTiles<S> tiles{shared_memory()};
   const uint32_t begin = k.any.begin / S::kKeys * S::kKeys;
-  const uint32_t count = k.any.begin < k.any.end ? divide_up(k.any.end - begin, S::kKeys) : 0;
+  const uint32_t count =
+      factors.is_fit && k.any.begin < k.any.end ? divide_up(k.any.end - begin, S::kKeys) : 0;
   if (thread_index() == 0) {
     tiles.init();
     publish_barriers();
@@ -344,6 +423,7 @@ hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
     take_registers<S::kRegisters>();
     const uint32_t group = group_index() - 1;
     const uint32_t first_row = k.first_row + group * S::kGroupRows + warp_index() % 4 * 16;
+    if (!factors.is_fit) return flag_rows(c, k, first_row, true);
     HopperRows<S> rows;
     rows.head = k.first_head;
     SDPA_UNROLL
@@ -354,13 +434,9 @@ hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
       rows.shift[h] = -SDPA_INFINITY;
       rows.sum[h] = 0;
     }
-    SDPA_UNROLL
-    for (int n = 0; n < S::kColumns / 8; ++n) {
-      SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) rows.context[n][e] = 0;
-    }
-    if (count > 0) attend<S>(f, k, tiles, group, begin, count, rows);
-    store_rows<S>(c, k, first_row, rows);
+    clear(rows.context);
+    if (count > 0) attend<S>(f, k, tiles, group, begin, count, factors.scores, rows);
+    store_rows<S>(c, k, first_row, factors.values, rows);
   }
 }
 

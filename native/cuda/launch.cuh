@@ -47,10 +47,11 @@ int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
 int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
                         Stream stream);
 
-/// For calls that hopper_takes(). Writes ForwardCall's has_nan; kNotTaken: a tensor's address is
-/// not what the copy engine asks for, and nothing was started.
-int start_hopper_forward(const ForwardCall& f, uint8_t* has_nan, const DeviceLimits& limits,
+/// For calls that hopper_takes(): sets f.has_nan. kNotTaken: a tensor's address is not what the
+/// copy engine asks for, and nothing was started.
+int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& limits,
                          Stream stream);
+size_t hopper_forward_workspace(const Problem& p);
 constexpr int kNotTaken = -1;
 
 /// Starts query_gradients and key_gradients.

@@ -203,16 +203,44 @@ void choose_hopper(Case& c, Random& r) {
   Problem& p = c.p;
   const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300};
   const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 128, 128, 136, 256};
+  const uint32_t any_dims[] = {1, 7, 33, 64, 64, 100, 128, 128, 200};
+  const auto dim = [&] { return p.type == Type::float32 ? r.of(any_dims) : r.of(dims); };
   do {
     p.query_length = r.of(lengths);
     p.key_length = r.of(lengths);
-    p.head_dim = r.of(dims);
-    p.value_dim = r.one_in(2) ? p.head_dim : r.of(dims);
+    p.head_dim = dim();
+    p.value_dim = r.one_in(2) ? p.head_dim : dim();
   } while (multiply_adds(p) > 2 * kLargest);
-  if (p.type == Type::float32) p.type = r.one_in(2) ? Type::float16 : Type::bfloat16;
   p.key_type = p.type;
-  p.precision = r.one_in(2) ? Precision::high : Precision::medium;
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
+}
+
+/// Keys past the end of their sequence are NaN.
+void poison_ends(Case& c) {
+  const Problem& p = c.p;
+  for (uint32_t b = 0; b < p.batch; ++b) {
+    for (uint32_t head = 0; head < p.kv_heads; ++head) {
+      for (uint32_t key = uint32_t(c.lengths[b]); key < p.key_length; ++key) {
+        const size_t at_key = c.key_at(b, head, key, p.head_dim);
+        const size_t at_value = c.key_at(b, head, key, p.value_dim);
+        for (uint32_t d = 0; d < p.head_dim; ++d) c.key.set(at_key + d, std::nan(""));
+        for (uint32_t d = 0; d < p.value_dim; ++d) c.value.set(at_value + d, std::nan(""));
+      }
+    }
+  }
+}
+
+/// One row of a tensor is larger than the others, or smaller, by far.
+void choose_outlier(Case& c, Random& r) {
+  Buffer* const tensors[] = {&c.query, &c.key, &c.value};
+  const uint32_t number = r.below(3), width = number < 2 ? c.p.head_dim : c.p.value_dim;
+  Buffer& tensor = *tensors[number];
+  const size_t row = r.below(uint32_t(tensor.count / width));
+  const double factors[] = {0x1p-40, 0x1p-20, 0x1p-12, 0x1p12, 0x1p24};
+  const double factor = r.of(factors);
+  for (uint32_t d = 0; d < width; ++d) {
+    tensor.set(row * width + d, tensor.at(row * width + d) * factor);
+  }
 }
 
 Case choose(uint64_t seed) {
@@ -256,6 +284,8 @@ Case choose(uint64_t seed) {
   r.fill(c.key, 1);
   r.fill(c.value, 1);
   r.fill(c.grad_output, 1);
+  if (c.blocks.empty() && !c.lengths.empty() && r.one_in(2)) poison_ends(c);
+  if (hopper && p.type == Type::float32 && r.one_in(3)) choose_outlier(c, r);
   return c;
 }
 
@@ -297,8 +327,10 @@ struct Cuts {
   double inputs, computed;
 };
 
-Cuts cuts_of(const Problem& p) {
+Cuts cuts_of(const Case& c) {
+  const Problem& p = c.p;
   if (p.precision == Precision::highest) return {0, 0};
+  if (c.limits.hopper && p.type == Type::float32) return {0x1p-10, 0x1p-10};
   const bool high = p.precision == Precision::high;
   const bool wide = p.head_dim > 256 || p.value_dim > 256;
   if (p.type == p.key_type && p.type != Type::float32 && !wide) {
@@ -317,7 +349,7 @@ struct Reference {
   std::vector<Bounded> scores, slopes, weights, dropped, lse, output;
 
   explicit Reference(const Case& c)
-      : c(c), p(c.p), cuts(cuts_of(c.p)), dropout(resolve_dropout(c.p, !c.keep.empty())) {
+      : c(c), p(c.p), cuts(cuts_of(c)), dropout(resolve_dropout(c.p, !c.keep.empty())) {
     const bool context = p.dropout_placement == Placement::context;
     keep = c.keep;
     if (keep.empty()) {
@@ -688,7 +720,8 @@ bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)
 /// NaN and infinity in keys and values that no row sees, and in keys that some rows see: the rows
 /// that do not see them keep their bits (on Hopper, their value), the others get a NaN or infinity
 /// in every column.
-void check_special(Type type, Precision precision, uint32_t width, double poison, bool decode) {
+void check_special(Type type, Precision precision, uint32_t width, double poison, bool decode,
+                   bool hopper = false) {
   Case c;
   Problem& p = c.p;
   p.batch = p.kv_heads = 1;
@@ -703,11 +736,12 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   p.is_causal = 1;
   p.causal_offset = decode ? 520 : 5;
   p.window_left = p.window_right = -1;
-  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, hopper};
   // Kernels for Hopper leave such rows to others, whose rounding is their own.
-  const bool exact = type == Type::float32 || precision == Precision::highest;
-  const auto agree = [exact](double a, double b) {
-    return same(a, b) || (!exact && std::fabs(a - b) <= 0x1p-6);
+  const bool is_exact = type == Type::float32 && precision == Precision::highest;
+  const double tolerance = is_exact ? 0x1p-18 : 0x1p-6;
+  const auto agree = [=](double a, double b) {
+    return same(a, b) || (hopper && std::fabs(a - b) <= tolerance);
   };
   Random r(17);
   c.query = Buffer(type, c.rows() * p.head_dim);
@@ -775,8 +809,10 @@ void check_all_special() {
     check_special(type, Precision::highest, 24, nan, true);
     check_special(type, Precision::highest, 128, -kInfinity, false);
     check_special(type, Precision::medium, 24, nan, false);
+    check_special(type, Precision::highest, 128, -kInfinity, false, true);
+    check_special(type, Precision::medium, 24, nan, false, true);
+    check_special(type, Precision::high, 128, kInfinity, false, true);
   }
-  check_special(Type::bfloat16, Precision::high, 128, kInfinity, false);
   check_special(Type::float32, Precision::highest, 300, kInfinity, false);
   check_special(Type::bfloat16, Precision::highest, 160, nan, false);
 }

@@ -185,10 +185,10 @@ inline void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_
 }
 
 template <Half kHalf, int kTiles>
-inline void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4],
-                               uint64_t b_matrix) {
+inline void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4], uint64_t b_matrix,
+                               bool adds) {
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], a, 0, b_matrix, kTiles, true});
+  emulation::meet_for_product<kWiden>({sums[0], a, 0, b_matrix, kTiles, adds});
 }
 
 }  // namespace sdpa::cuda
