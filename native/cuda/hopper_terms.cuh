@@ -4,7 +4,8 @@
 // 2203.03341); one term holds 11 bits, as TF32 does, at twice its rate.
 //
 // Of elements below 2^-17 of the largest the second term loses bits. Where that would show in a
-// row, or where elements are not finite, a head is not fit: its factor is 0, and others compute it.
+// row, or where elements are all 0 or not finite, a head is not fit: its factor is 0, and others
+// compute it.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -117,7 +118,6 @@ SDPA_DEVICE float term_factor(const TermBlock& k) {
   }
   largest = warp_largest(largest);
   const uint32_t smallest = ~warp_largest(smallest_down);
-  if (largest == 0) return 1.0f;
   const int exponent = int(largest >> 23) - 127, lowest = int(smallest >> 23) - 127;
   if (exponent > 60 || exponent < -60 || lowest < exponent - 16) return 0.0f;
   return from_bits(uint32_t(127 + exponent - 14) << 23);
