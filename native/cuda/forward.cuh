@@ -67,6 +67,9 @@ SDPA_HOST_DEVICE constexpr uint32_t split_length(uint32_t keys) {
   return whole > kSmallestSplit ? whole : kSmallestSplit;
 }
 
+/// What other kernels have made of a row: done, NaN, or not to be had in their number formats.
+enum class RowState : uint8_t { done, nan, out_of_range };
+
 /// A forward call as its kernels take it. A unit is the rows that may share blocks: those of one
 /// query head, or, decoding, of all heads of one key/value head.
 struct ForwardCall {
@@ -80,15 +83,8 @@ struct ForwardCall {
   uint32_t chunks;         // of the value's columns
   float* partial_context;  // [units, splits, rows, value_dim], not yet divided by the sum
   float* partial_sums;     // [units, splits, rows, 2]: maximum, sum
-  // Of kernels that leave what is not finite to others, or null: whether kNanRows rows, [units,
-  // nan_flags(rows)], came out with a NaN and are to be computed again.
-  const uint8_t* has_nan;
+  const RowState* states;  // [units, rows]: rows that are done are left alone; null: none is
 };
-
-constexpr uint32_t kNanRows = 16;
-SDPA_HOST_DEVICE constexpr uint32_t nan_flags(uint32_t rows) {
-  return rows / kNanRows + (rows % kNanRows != 0);
-}
 
 /// What a block of threads works on.
 struct ForwardBlock {
@@ -726,13 +722,17 @@ SDPA_DEVICE void store_result(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
+SDPA_DEVICE bool is_wanted_row(const ForwardCall& f, const ForwardBlock& k, uint32_t row) {
+  return !f.states || f.states[size_t{k.unit} * f.rows + row] != RowState::done;
+}
+
 template <int kTiles>
 SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint32_t first_row,
                               const FinishedRows<kTiles>& rows) {
   SDPA_NO_UNROLL
   for (int h = 0; h < 2; ++h) {
     const uint32_t row = k.first_row + first_row + 8 * h + lane_index() / 4;
-    if (row >= f.rows) continue;
+    if (row >= f.rows || !is_wanted_row(f, k, row)) continue;
     if (f.splits > 1) {
       store_partial(f, k, row, h, rows);
     } else {
@@ -741,12 +741,12 @@ SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
+/// Whether some of `rows` rows of the block are still to be computed.
 SDPA_DEVICE bool is_wanted(const ForwardCall& f, const ForwardBlock& k, uint32_t rows) {
-  if (!f.has_nan) return true;
-  const uint8_t* const flags = f.has_nan + size_t{k.unit} * nan_flags(f.rows);
-  const uint32_t end = k.first_row + rows < f.rows ? k.first_row + rows : f.rows;
   bool any = false;
-  for (uint32_t i = k.first_row / kNanRows; i < nan_flags(end); ++i) any |= flags[i] != 0;
+  for (uint32_t i = 0; i < rows && k.first_row + i < f.rows; ++i) {
+    any |= is_wanted_row(f, k, k.first_row + i);
+  }
   return any;
 }
 

@@ -42,6 +42,9 @@ struct MappedTensor {
 // ended, the first one having parity 0. copy_panel: columns and rows from (column, row) on, zeros
 // outside of the tensor.
 //
+// sync_group: the threads of a warpgroup meet. publish_writes: what this thread has written to
+// shared memory is there for products and copies that begin after a meeting.
+//
 // Products are asynchronous: begin_products after registers that they use were written,
 // commit_products closes a group of them, wait_products<n> waits for all groups but the latest n.
 // Both operands of multiply_shared have their sixteen columns k side by side; operand B of

@@ -62,6 +62,11 @@ SDPA_DEVICE void wait_for(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+SDPA_DEVICE void sync_group() {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / kGroupThreads), "n"(kGroupThreads)
+               : "memory");
+}
+SDPA_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 SDPA_DEVICE void copy_panel(void* to, const TensorMap& map, Barrier* barrier, uint32_t column,
                             uint32_t row, uint32_t head, uint32_t b) {
   asm volatile(

@@ -22,7 +22,7 @@ HopperTensor tensor_of(const Problem& p, const Inputs& in, int number) {
 
 /// Where things are in the workspace, in bytes.
 struct HopperWorkspace {
-  size_t terms[3] = {}, extremes[3] = {}, factors[3] = {}, flags = 0, bytes = 0;
+  size_t terms[3] = {}, extremes[3] = {}, factors[3] = {}, states = 0, bytes = 0;
 
   explicit HopperWorkspace(const Problem& p) {
     for (int i = 0; i < 3 && p.type == Type::float32; ++i) {
@@ -32,7 +32,7 @@ struct HopperWorkspace {
       extremes[i] = take(units * chunks * kTermWarps * 2 * sizeof(uint32_t));
       factors[i] = take(units * sizeof(float));
     }
-    flags = take(size_t{p.batch} * p.query_heads * nan_flags(p.query_length));
+    states = take(size_t{p.batch} * p.query_heads * p.query_length);
   }
 
  private:
@@ -99,8 +99,12 @@ int start_shape(HopperCall& h, const MappedTensor (&tensors)[3], const DeviceLim
   f.row_blocks = divide_up(f.rows, S::kRows);
   const uint64_t blocks = uint64_t{f.row_blocks} * f.units;
   if (blocks > 0x7fffffff) return kInvalidConfiguration;
-  return start(hopper_forward_kernel<S>, {uint32_t(blocks), 1, 1}, S::kThreads, S::kSharedBytes, h,
-               limits.sm, stream);
+  const Index3 grid = {uint32_t(blocks), 1, 1};
+  const int error = start(hopper_forward_kernel<S, false>, grid, S::kThreads, S::kSharedBytes, h,
+                          limits.sm, stream);
+  if (error != kSuccess) return error;
+  return start(hopper_forward_kernel<S, true>, grid, S::kThreads, S::kSharedBytes, h, limits.sm,
+               stream);
 }
 
 template <Half kHalf, int kTerms>
@@ -129,7 +133,7 @@ int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& li
   const Problem& p = f.call.problem;
   const HopperWorkspace at(p);
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  HopperCall h{f, {}, {}, {}, {}, bytes + at.flags};
+  HopperCall h{f, {}, {}, {}, {}, reinterpret_cast<RowState*>(bytes + at.states)};
   MappedTensor tensors[3];
   int error = kSuccess;
   if (p.type == Type::float32) {
@@ -149,7 +153,7 @@ int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& li
       error = start_width<Half::float16, 1>(h, tensors, limits, stream);
     }
   }
-  if (error == kSuccess) f.has_nan = h.has_nan;
+  if (error == kSuccess) f.states = h.states;
   return error;
 }
 

@@ -4,8 +4,12 @@
 // FlashAttention-3, Shah et al., arXiv 2407.08608).
 //
 // Takes tensors of 16 bits without a mask, and float32 ones as terms of float16 (hopper_terms.cuh);
-// the portable kernels take the rest, and compute again what comes out as NaN (see forward.cuh on
-// values that are not finite).
+// the portable kernels take the rest, and the rows that these leave to them.
+//
+// A NaN may have come from a value that its row does not see: 0 * NaN is NaN. A second, careful
+// kernel computes blocks with a NaN again, with values that are not finite taken out of the tiles
+// and added by hand where their weight is not 0. Rows that do not see them come out with the same
+// bits.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -47,7 +51,7 @@ struct HopperCall {
   ForwardCall forward;
   TensorMap query, key, value;  // terms of a head one after the other, as heads
   TermFactors factors;
-  uint8_t* has_nan;  // as ForwardCall's, to be written
+  RowState* states;  // as ForwardCall's, to be written
 };
 
 /// What a block keeps in shared memory. Barriers come in pairs: a tile is full, a tile is free.
@@ -132,6 +136,7 @@ struct HopperRows {
   KeyRange seen[2];
   Context<S> context;
   float shift[2], sum[2];  // of exponents, in units of log2; -infinity: no key so far
+  float kept[2];           // the sum of what weights dropout keeps, where tracks_kept
 };
 
 /// Decisions for a fragment of 8 * kTiles columns, in words of eight tiles each.
@@ -269,6 +274,14 @@ SDPA_DEVICE void weigh(float scale, HopperRows<S>& rows, float (&scores)[S::kKey
   }
 }
 
+/// Where dropout takes the largest weights of a row, what is left may be too small for float16: its
+/// sum tells.
+template <typename S>
+SDPA_DEVICE bool tracks_kept(const Call& call) {
+  return S::kHalf == Half::float16 && call.problem.type == Type::float32 &&
+         call.drops(Placement::weights);
+}
+
 /// Scores of a tile become weights: exclusions, dropout, softmax.
 template <typename S>
 SDPA_DEVICE void finish_scores(const ForwardCall& f, const ForwardBlock& k, uint32_t first_key,
@@ -290,10 +303,31 @@ SDPA_DEVICE void finish_scores(const ForwardCall& f, const ForwardBlock& k, uint
   if (drops_scores) drop_words(keep, -SDPA_INFINITY, scores);
   weigh<S>(scale, rows, scores, correction);
   if (f.call.drops(Placement::weights)) drop_words(keep, 0.0f, scores);
+  if (tracks_kept<S>(f.call)) {
+    SDPA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float kept = 0;
+      SDPA_UNROLL
+      for (int i = 0; i < 2 * S::kKeyTiles; ++i) kept += scores[i / 2][2 * h + i % 2];
+      rows.kept[h] = fmaf(rows.kept[h], correction[h], kept);
+    }
+  }
+}
+
+/// Takes what is not finite out of a tile of values, for the warpgroup.
+template <typename S>
+SDPA_DEVICE void clear_nonfinite(const HopperTiles<S>& tiles, uint32_t stage) {
+  const uint32_t exponent = S::kHalf == Half::float16 ? 0x7c00 : 0x7f80;
+  uint16_t* const data = reinterpret_cast<uint16_t*>(tiles.values(stage, 0).data);
+  for (uint32_t i = thread_index() % kGroupThreads; i < S::kTileBytes / 2; i += kGroupThreads) {
+    if ((data[i] & exponent) == exponent) data[i] = 0;
+  }
+  publish_writes();
+  sync_group();
 }
 
 /// Runs over `count` tiles of keys from `begin` on. `scale` is in units of log2.
-template <typename S>
+template <typename S, bool kCareful>
 SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const HopperTiles<S>& tiles,
                         uint32_t group, uint32_t begin, uint32_t count, float scale,
                         HopperRows<S>& rows) {
@@ -303,6 +337,19 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   WeightOperand<S> weights;
   Context<S> fresh;
   KeepWords<S::kKeyTiles> keep{};
+  const auto begin_values = [&](uint32_t i) {
+    const uint32_t stage = i % S::kStages;
+    wait_for(tiles.values_full(stage), i / S::kStages % 2);
+    if constexpr (kCareful) clear_nonfinite(tiles, stage);
+    begin_context<S>(tiles, stage, weights, rows.context, fresh);
+  };
+  const auto end_values = [&](uint32_t i) {
+    end_context<S>(rows.context, fresh);
+    if constexpr (kCareful) {
+      const Rows values = value_rows(call, k.b, k.kv_head, begin + i * S::kKeys, S::kKeys);
+      add_nonfinite_rows<S::kHalf>(weights, values, 0, rows.context);
+    }
+  };
   clear(scores);
   if (S::kFresh) clear(fresh);
   wait_for(tiles.queries_full(), 0);
@@ -316,18 +363,17 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   to_operand<S::kHalf>(scores, weights);
   SDPA_NO_UNROLL
   for (uint32_t i = 1; i < count; ++i) {
-    const uint32_t stage = i % S::kStages, before = (i - 1) % S::kStages;
+    const uint32_t stage = i % S::kStages;
     wait_for(tiles.keys_full(stage), i / S::kStages % 2);
     begin_scores<S>(tiles, group, stage, scores);
-    wait_for(tiles.values_full(before), (i - 1) / S::kStages % 2);
-    begin_context<S>(tiles, before, weights, rows.context, fresh);
+    begin_values(i - 1);
     if (draws) keep.draw(call, k.b, rows.head, rows.query, begin + i * S::kKeys);
     wait_products<1>();
     hold(scores);
     release(tiles.keys_free(stage));
     finish_scores<S>(f, k, begin + i * S::kKeys, scale, keep, rows, scores, correction);
-    end_context<S>(rows.context, fresh);
-    release(tiles.values_free(before));
+    end_values(i - 1);
+    release(tiles.values_free((i - 1) % S::kStages));
     SDPA_UNROLL
     for (int n = 0; n < S::kColumns / 8; ++n) {
       SDPA_UNROLL
@@ -335,22 +381,12 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
     }
     to_operand<S::kHalf>(scores, weights);
   }
-  const uint32_t last = count - 1;
-  wait_for(tiles.values_full(last % S::kStages), last / S::kStages % 2);
-  begin_context<S>(tiles, last % S::kStages, weights, rows.context, fresh);
-  end_context<S>(rows.context, fresh);
-}
-
-/// Writes the flag of the warp's rows.
-SDPA_DEVICE void flag_rows(const HopperCall& c, const ForwardBlock& k, uint32_t first_row,
-                           bool flag) {
-  const uint32_t rows = c.forward.rows;
-  if (lane_index() != 0 || first_row >= rows) return;
-  c.has_nan[size_t{k.unit} * nan_flags(rows) + first_row / kNanRows] = flag;
+  begin_values(count - 1);
+  end_values(count - 1);
 }
 
 /// Divides by the sum, rescales and drops for dropout, writes the output and lse.
-template <typename S>
+template <typename S, bool kCareful>
 SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t first_row,
                             float value_factor, HopperRows<S>& rows) {
   const ForwardCall& f = c.forward;
@@ -363,18 +399,29 @@ SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t
     keep.draw(call, k.b, rows.head, rows.query, 0);
     drop_words(keep, 0.0f, rows.context);
   }
-  bool nan = false;
   SDPA_UNROLL
   for (int h = 0; h < 2; ++h) {
+    const uint32_t row = first_row + 8 * h + lane_index() / 4;
     const float sum = quad_sum(rows.sum[h]);
-    if (first_row + 8 * h + lane_index() / 4 >= f.rows) continue;
+    const float kept = tracks_kept<S>(call) ? quad_sum(rows.kept[h]) : 0.0f;
+    // Infinite scores of split operands may be NaN instead.
+    bool nan = is_nan(sum) && !(kCareful && S::kTerms == 1);
+    SDPA_UNROLL
+    for (int n = 0; n < S::kColumns / 8; ++n) {
+      nan |= !kCareful && (is_nan(rows.context[n][2 * h]) || is_nan(rows.context[n][2 * h + 1]));
+    }
+    nan = quad_max(nan ? 1.0f : 0.0f) > 0;
+    if (row >= f.rows) continue;
+    // Weights are times 2^14: with a sum below 1 float16 has too few bits for the largest of them.
+    RowState state = kept > 0 && kept < 1 ? RowState::out_of_range : RowState::done;
+    if (nan) state = RowState::nan;
+    if (t == 0) c.states[size_t{k.unit} * f.rows + row] = state;
     const size_t at = row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, k.b,
                                  rows.head, rows.query[h]);
     const float factor = context_factor(call, sum) * value_factor;
     SDPA_UNROLL
     for (int n = 0; n < S::kColumns / 8; ++n) {
       const float x = rows.context[n][2 * h] * factor, y = rows.context[n][2 * h + 1] * factor;
-      nan |= is_nan(x) | is_nan(y);
       store_pair(p.type, f.outputs.output, at, 8 * n + 2 * t, p.value_dim, x, y);
     }
     if (f.outputs.lse && t == 0) {
@@ -382,7 +429,6 @@ SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t
           sum == 0 ? -SDPA_INFINITY : fmaf(rows.shift[h], kLn2, logf(sum * kLower));
     }
   }
-  flag_rows(c, k, first_row, warp_any(nan));
 }
 
 /// What the products of a block are multiplied by.
@@ -401,11 +447,28 @@ struct BlockFactors {
   }
 };
 
+/// Whether a row of the block came out as NaN. All threads of the block take part.
 template <typename S>
+SDPA_DEVICE bool has_nan(const HopperCall& c, const ForwardBlock& k) {
+  const uint32_t row = k.first_row + thread_index();
+  const RowState* const states = c.states + size_t{k.unit} * c.forward.rows;
+  const bool own = thread_index() < S::kRows && row < c.forward.rows;
+  return sync_block_or(own && states[row] == RowState::nan);
+}
+
+/// Leaves the warp's sixteen rows to others.
+SDPA_DEVICE void leave_rows(const HopperCall& c, const ForwardBlock& k, uint32_t first_row) {
+  const uint32_t row = first_row + lane_index();
+  if (lane_index() >= 16 || row >= c.forward.rows) return;
+  c.states[size_t{k.unit} * c.forward.rows + row] = RowState::out_of_range;
+}
+
+template <typename S, bool kCareful>
 SDPA_KERNEL(S::kThreads, 1)
 hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
   const ForwardCall& f = c.forward;
   const ForwardBlock k = forward_block(f, block_index().x, S::kRows, S::kColumns);
+  if (kCareful && !has_nan<S>(c, k)) return;
   const BlockFactors factors = BlockFactors::of(c, k);
   const HopperTiles<S> tiles{shared_memory()};
   const uint32_t begin = k.any.begin / S::kKeys * S::kKeys;
@@ -423,7 +486,7 @@ hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
     take_registers<S::kRegisters>();
     const uint32_t group = group_index() - 1;
     const uint32_t first_row = k.first_row + group * S::kGroupRows + warp_index() % 4 * 16;
-    if (!factors.is_fit) return flag_rows(c, k, first_row, true);
+    if (!factors.is_fit) return leave_rows(c, k, first_row);
     HopperRows<S> rows;
     rows.head = k.first_head;
     SDPA_UNROLL
@@ -432,11 +495,11 @@ hopper_forward_kernel(const SDPA_PARAMETER HopperCall c) {
       rows.query[h] = row < f.rows ? row : f.rows - 1;
       rows.seen[h] = visible_keys(k.visibility, rows.query[h]);
       rows.shift[h] = -SDPA_INFINITY;
-      rows.sum[h] = 0;
+      rows.sum[h] = rows.kept[h] = 0;
     }
     clear(rows.context);
-    if (count > 0) attend<S>(f, k, tiles, group, begin, count, factors.scores, rows);
-    store_rows<S>(c, k, first_row, factors.values, rows);
+    if (count > 0) attend<S, kCareful>(f, k, tiles, group, begin, count, factors.scores, rows);
+    store_rows<S, kCareful>(c, k, first_row, factors.values, rows);
   }
 }
 

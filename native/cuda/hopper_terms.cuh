@@ -4,7 +4,7 @@
 // 2203.03341); one term holds 11 bits, as TF32 does, at twice its rate.
 //
 // Of elements below 2^-17 of the largest the second term loses bits. Where that would show in a
-// row, or where elements are all 0 or not finite, a head is not fit: its factor is 0, and others
+// row, or where all elements are 0, a head is not fit: its factor is 0, and others
 // compute it.
 #pragma once
 
@@ -74,8 +74,8 @@ struct TermBlock {
   }
 };
 
-/// The sizes of numbers as their bits, which are in the same order; NaN is the largest.
-SDPA_DEVICE uint32_t size_bits(float x) { return to_bits(x) & 0x7fffffff; }
+/// The sizes of finite numbers as their bits, which are in the same order; 0 of others.
+SDPA_DEVICE uint32_t size_bits(float x) { return is_finite(x) ? to_bits(x) & 0x7fffffff : 0; }
 
 constexpr uint32_t kNoSize = 0xffffffff;  // larger than all
 

@@ -47,7 +47,7 @@ int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
 int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
                         Stream stream);
 
-/// For calls that hopper_takes(): sets f.has_nan. kNotTaken: a tensor's address is not what the
+/// For calls that hopper_takes(): sets f.states. kNotTaken: a tensor's address is not what the
 /// copy engine asks for, and nothing was started.
 int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& limits,
                          Stream stream);

@@ -31,6 +31,11 @@ inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
 }
 inline void wait_for(Barrier* barrier, uint32_t parity) { emulation::wait_for(barrier, parity); }
 
+inline void sync_group() {
+  emulation::meet_group([](void* const*) {}, nullptr);
+}
+inline void publish_writes() {}
+
 namespace emulation {
 /// Where the swizzle puts the byte at an offset in shared memory.
 inline uint32_t swizzled(uint32_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
