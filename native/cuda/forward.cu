@@ -79,7 +79,8 @@ bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
   const bool is_split = p.precision == Precision::highest;
   // Rows in memory are whole pieces of 16 bytes; those of float32 tensors are written so.
   const bool in_pieces = p.type == Type::float32 || (p.head_dim % 8 == 0 && p.value_dim % 8 == 0);
-  const bool has_scale = p.scale == 0 || (p.scale > 0x1p-40f && p.scale < 0x1p40f);
+  // Scores are scaled after keys were excluded by -infinity, and with the factors of terms.
+  const bool has_scale = p.scale > 0x1p-40f && p.scale < 0x1p40f;
   const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
   return limits.hopper && p.type == p.key_type && width <= (is_split ? 128 : 256) && in_pieces &&
          p.mask_type == MaskType::none && p.softcap == 0 && has_scale && p.key_block_length == 0 &&
