@@ -732,14 +732,14 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   p.batch = p.kv_heads = 1;
   p.query_heads = 2;
   p.query_length = decode ? 3 : 40;
-  p.key_length = decode ? 600 : 70;
+  p.key_length = decode ? 600 : hopper ? 200 : 70;
   p.head_dim = width;
   p.value_dim = std::min(width, 256u);
   p.type = p.key_type = type;
   p.precision = precision;
   p.scale = float(1 / std::sqrt(double(width)));
   p.is_causal = 1;
-  p.causal_offset = decode ? 520 : 5;
+  p.causal_offset = decode ? 520 : hopper ? 145 : 5;  // past tiles of 64 and 128 keys
   p.window_left = p.window_right = -1;
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, hopper};
   Random r(17);
