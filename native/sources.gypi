@@ -37,6 +37,7 @@
       'native/cuda/forward_split.cu',
     ],
     'sdpa_cuda_hopper_sources': [
+      'native/cuda/hopper_backward.cu',
       'native/cuda/hopper_forward.cu',
     ],
     # What plays a GPU in the emulated plugin, which only tests use.

@@ -52,6 +52,8 @@ struct BackwardCall {
   float* delta;         // [batch, query_heads, query_length]
   uint32_t key_blocks;  // blocks of key_gradients a key/value head
   uint32_t chunks;      // of the columns of grad_key and grad_value
+  // As ForwardCall's has_nan, of kNanRows keys: [batch, kv_heads, nan_flags(key_length)], or null.
+  const uint8_t* keys_have_nan;
 };
 
 /// Two tensors of the owned side, and two of the other: query and grad_output, key and value.
@@ -313,6 +315,7 @@ query_gradients(const SDPA_PARAMETER BackwardCall g) {
   const uint32_t warps = thread_count() / kLanes, warp_row = warp_index() * S::kRowsPerWarp;
   const ForwardBlock k =
       forward_block(f, block_index().x, warps * S::kRowsPerWarp, uint32_t{S::kColumns});
+  if (!is_wanted(f, k, warps * S::kRowsPerWarp)) return;
   const BackwardTiles<S> tiles = BackwardTiles<S>::of(warps);
   if (!S::kWide) load_owned_queries<S>(g, k, tiles);
   float sums[S::kColumns / 8][4];
@@ -513,6 +516,12 @@ SDPA_DEVICE void add_queries(const BackwardCall& g, const KeyBlock& k, uint32_t 
   }
 }
 
+SDPA_DEVICE bool is_wanted(const BackwardCall& g, const KeyBlock& k, uint32_t keys) {
+  const Problem& p = g.forward.call.problem;
+  const size_t head = size_t{k.b} * p.kv_heads + k.kv_head;
+  return any_flag(g.keys_have_nan, head, p.key_length, k.first_key, keys);
+}
+
 template <typename S>
 SDPA_KERNEL(S::kThreads, 1)
 key_gradients(const SDPA_PARAMETER BackwardCall g) {
@@ -521,6 +530,7 @@ key_gradients(const SDPA_PARAMETER BackwardCall g) {
   const uint32_t warps = thread_count() / kLanes, warp_key = warp_index() * S::kRowsPerWarp;
   const uint32_t keys = warps * S::kRowsPerWarp, group = p.query_heads / p.kv_heads;
   const KeyBlock k = key_block(g, block_index().x, keys, S::kKeyColumns);
+  if (!is_wanted(g, k, keys)) return;
   const BackwardTiles<S> tiles = BackwardTiles<S>::of(warps);
   if (!S::kWide) {
     tiles.owned.load(key_rows(call, k.b, k.kv_head, k.first_key, keys), 0);

@@ -73,15 +73,6 @@ uint32_t most_splits(const Problem& p) {
 
 size_t rows_of_call(const Problem& p) { return size_t{p.batch} * p.query_heads * p.query_length; }
 
-/// Whether the kernels of hopper_forward.cuh are for this call.
-bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
-  const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
-  return limits.sm == 90 && p.type == p.key_type && p.type != Type::float32 &&
-         p.precision != Precision::highest && p.head_dim <= 256 && p.value_dim <= 256 &&
-         p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && p.mask_type == MaskType::none &&
-         p.softcap == 0 && p.scale >= 0 && p.key_block_length == 0 && !is_decode(p) && is_drawn;
-}
-
 /// Floats of workspace: what splits hand on, and lse where the matrices need it; then flags.
 struct ForwardWorkspace {
   size_t context = 0, sums = 0, lse = 0, flags = 0;
@@ -92,7 +83,7 @@ struct ForwardWorkspace {
       sums = rows_of_call(p) * splits * 2;
     }
     if (wants_matrices(wanted) && !wanted.lse) lse = rows_of_call(p);
-    if (hopper_takes(p, limits)) {
+    if (hopper_takes(p, limits, kHopperForwardWidth)) {
       flags = size_t{p.batch} * p.query_heads * nan_flags(p.query_length);
     }
   }
@@ -132,7 +123,7 @@ int start_portable(const ForwardCall& f, const DeviceLimits& limits, Stream stre
 
 /// `has_nan` is workspace.
 int start_contexts(ForwardCall f, uint8_t* has_nan, const DeviceLimits& limits, Stream stream) {
-  if (hopper_takes(f.call.problem, limits) && !f.call.inputs.keep_mask) {
+  if (hopper_takes(f.call.problem, limits, kHopperForwardWidth) && !f.call.inputs.keep_mask) {
     const int error = start_hopper_forward(f, has_nan, limits, stream);
     if (error != kSuccess && error != kNotTaken) return error;
     if (error == kSuccess) f.has_nan = has_nan;

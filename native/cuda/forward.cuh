@@ -742,13 +742,20 @@ SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
-SDPA_DEVICE bool is_wanted(const ForwardCall& f, const ForwardBlock& k, uint32_t rows) {
-  if (!f.has_nan) return true;
-  const uint8_t* const flags = f.has_nan + size_t{k.unit} * nan_flags(f.rows);
-  const uint32_t end = k.first_row + rows < f.rows ? k.first_row + rows : f.rows;
+/// Whether one of the flags of `count` rows from `first` on is set, or there are no flags: those of
+/// a unit of `rows` rows.
+SDPA_DEVICE bool any_flag(const uint8_t* has_nan, size_t unit, uint32_t rows, uint32_t first,
+                          uint32_t count) {
+  if (!has_nan) return true;
+  const uint8_t* const flags = has_nan + unit * nan_flags(rows);
+  const uint32_t end = first + count < rows ? first + count : rows;
   bool any = false;
-  for (uint32_t i = k.first_row / kNanRows; i < nan_flags(end); ++i) any |= flags[i] != 0;
+  for (uint32_t i = first / kNanRows; i < nan_flags(end); ++i) any |= flags[i] != 0;
   return any;
+}
+
+SDPA_DEVICE bool is_wanted(const ForwardCall& f, const ForwardBlock& k, uint32_t rows) {
+  return any_flag(f.has_nan, k.unit, f.rows, k.first_row, rows);
 }
 
 /// Launched with any number of warps to kMostWarps.

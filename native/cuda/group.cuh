@@ -92,4 +92,31 @@ struct PanelTile {
   }
 };
 
+/// products = rows `row` to row + 63 of `rows` . rows of `tile`, over kWidth columns, begun.
+template <Half kHalf, uint32_t kWidth, int kTiles>
+SDPA_DEVICE void begin_by_columns(const PanelTile& rows, uint32_t row, const PanelTile& tile,
+                                  float (&products)[kTiles][4]) {
+  hold(products);
+  begin_products();
+  SDPA_UNROLL
+  for (uint32_t s = 0; s < kWidth / 16; ++s) {
+    multiply_shared<kHalf>(products, rows.by_columns(row, s), tile.by_columns(0, s), s > 0);
+  }
+  commit_products();
+}
+
+/// sums += operand . tile, whose rows are the depth, begun.
+template <Half kHalf, int kSteps, int kTiles>
+SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][1][4], const PanelTile& tile,
+                               float (&sums)[kTiles][4]) {
+  hold(operand);
+  hold(sums);
+  begin_products();
+  SDPA_UNROLL
+  for (uint32_t s = 0; s < kSteps; ++s) {
+    multiply_registers<kHalf>(sums, operand[s][0], tile.by_rows(s));
+  }
+  commit_products();
+}
+
 }  // namespace sdpa::cuda

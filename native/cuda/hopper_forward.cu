@@ -5,16 +5,6 @@
 namespace sdpa::cuda {
 namespace {
 
-MappedTensor mapped(const Problem& p, const void* data, uint32_t heads, uint32_t length,
-                    uint32_t width) {
-  const auto bytes = [&](uint32_t b, uint32_t head, uint32_t row) {
-    return 2 * uint64_t{row_offset(p.layout, heads, length, width, b, head, row)};
-  };
-  return {data,
-          {width, length, heads, p.batch},
-          {2 * uint64_t{row_stride(p.layout, heads, width)}, bytes(0, 1, 0), bytes(1, 0, 0)}};
-}
-
 template <typename S>
 int start_shape(HopperCall& h, const MappedTensor (&tensors)[3], const DeviceLimits& limits,
                 Stream stream) {

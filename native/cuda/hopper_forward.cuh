@@ -39,6 +39,17 @@ struct HopperShape {
       kQueryBytes + 2 * kStages * kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
 };
 
+/// A tensor [batch, heads, length, width] in the call's layout.
+inline MappedTensor mapped(const Problem& p, const void* data, uint32_t heads, uint32_t length,
+                           uint32_t width) {
+  const auto bytes = [&](uint32_t b, uint32_t head, uint32_t row) {
+    return 2 * uint64_t{row_offset(p.layout, heads, length, width, b, head, row)};
+  };
+  return {data,
+          {width, length, heads, p.batch},
+          {2 * uint64_t{row_stride(p.layout, heads, width)}, bytes(0, 1, 0), bytes(1, 0, 0)}};
+}
+
 struct HopperCall {
   ForwardCall forward;
   TensorMap query, key, value;
@@ -131,9 +142,8 @@ struct KeepWords {
 };
 
 /// Gives `dropped` to the elements that dropout drops.
-template <int kTiles>
-SDPA_DEVICE void drop_words(const KeepWords<kTiles>& keep, float dropped,
-                            float (&fragment)[kTiles][4]) {
+template <int kTiles, typename Keep>
+SDPA_DEVICE void drop_words(const Keep& keep, float dropped, float (&fragment)[kTiles][4]) {
   SDPA_UNROLL
   for (int j = 0; j < kTiles; ++j) {
     SDPA_UNROLL
@@ -141,37 +151,6 @@ SDPA_DEVICE void drop_words(const KeepWords<kTiles>& keep, float dropped,
       if (!keep.keeps(j, e)) fragment[j][e] = dropped;
     }
   }
-}
-
-/// scores = queries . keys of one tile, begun.
-template <typename S>
-SDPA_DEVICE void begin_scores(const HopperTiles<S>& tiles, uint32_t group, uint32_t stage,
-                              float (&scores)[S::kKeyTiles][4]) {
-  const PanelTile queries = tiles.queries(), keys = tiles.keys(stage);
-  hold(scores);
-  begin_products();
-  SDPA_UNROLL
-  for (uint32_t s = 0; s < S::kWidth / 16; ++s) {
-    multiply_shared<S::kHalf>(scores, queries.by_columns(group * S::kGroupRows, s),
-                              keys.by_columns(0, s), s > 0);
-  }
-  commit_products();
-}
-
-/// context += weights . values of one tile, begun.
-template <typename S>
-SDPA_DEVICE void begin_context(const HopperTiles<S>& tiles, uint32_t stage,
-                               uint32_t (&weights)[S::kKeys / 16][1][4],
-                               float (&context)[S::kColumns / 8][4]) {
-  const PanelTile values = tiles.values(stage);
-  hold(weights);
-  hold(context);
-  begin_products();
-  SDPA_UNROLL
-  for (uint32_t s = 0; s < S::kKeys / 16; ++s) {
-    multiply_registers<S::kHalf>(context, weights[s][0], values.by_rows(s));
-  }
-  commit_products();
 }
 
 SDPA_DEVICE void release(Barrier* barrier) {
@@ -247,9 +226,13 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
     SDPA_UNROLL
     for (int e = 0; e < 4; ++e) scores[j][e] = 0;
   }
+  const auto begin_scores = [&](uint32_t stage) {
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.queries(), group * S::kGroupRows, tiles.keys(stage),
+                                          scores);
+  };
   wait_for(tiles.queries_full(), 0);
   wait_for(tiles.keys_full(0), 0);
-  begin_scores<S>(tiles, group, 0, scores);
+  begin_scores(0);
   if (draws) keep.draw(call, k.b, rows.head, rows.query, begin);
   wait_products<0>();
   hold(scores);
@@ -260,9 +243,9 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   for (uint32_t i = 1; i < count; ++i) {
     const uint32_t stage = i % S::kStages, before = (i - 1) % S::kStages;
     wait_for(tiles.keys_full(stage), i / S::kStages % 2);
-    begin_scores<S>(tiles, group, stage, scores);
+    begin_scores(stage);
     wait_for(tiles.values_full(before), (i - 1) / S::kStages % 2);
-    begin_context<S>(tiles, before, weights, rows.context);
+    begin_by_rows<S::kHalf>(weights, tiles.values(before), rows.context);
     if (draws) keep.draw(call, k.b, rows.head, rows.query, begin + i * S::kKeys);
     wait_products<1>();
     hold(scores);
@@ -280,7 +263,7 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   }
   const uint32_t last = count - 1;
   wait_for(tiles.values_full(last % S::kStages), last / S::kStages % 2);
-  begin_context<S>(tiles, last % S::kStages, weights, rows.context);
+  begin_by_rows<S::kHalf>(weights, tiles.values(last % S::kStages), rows.context);
   wait_products<0>();
   hold(rows.context);
 }

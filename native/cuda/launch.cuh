@@ -47,11 +47,33 @@ int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
 int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
                         Stream stream);
 
+/// Whether the kernels for Hopper that take head dims to `widest` are for this call, unless its
+/// dropout decisions are given.
+inline bool hopper_takes(const Problem& p, const DeviceLimits& limits, uint32_t widest) {
+  const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
+  return limits.sm == 90 && p.type == p.key_type && p.type != Type::float32 &&
+         p.precision != Precision::highest && p.head_dim <= widest && p.value_dim <= widest &&
+         p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && p.mask_type == MaskType::none &&
+         p.softcap == 0 && p.scale >= 0 && p.key_block_length == 0 && !is_decode(p) && is_drawn;
+}
+constexpr uint32_t kHopperForwardWidth = 256, kHopperBackwardWidth = 128;
+
 /// For calls that hopper_takes(). Writes ForwardCall's has_nan; kNotTaken: a tensor's address is
 /// not what the copy engine asks for, and nothing was started.
 int start_hopper_forward(const ForwardCall& f, uint8_t* has_nan, const DeviceLimits& limits,
                          Stream stream);
 constexpr int kNotTaken = -1;
+
+/// What the backward kernels for Hopper write for themselves and for others, in workspace.
+struct HopperBackwardWorkspace {
+  void* kept_grad_output;  // as grad_output, if dropout is of the context
+  uint8_t* has_nan;        // as ForwardCall's
+  uint8_t* keys_have_nan;  // as BackwardCall's
+};
+
+/// The same for gradients.
+int start_hopper_backward(const BackwardCall& g, const HopperBackwardWorkspace& workspace,
+                          const DeviceLimits& limits, Stream stream);
 
 /// Starts query_gradients and key_gradients.
 template <typename S>

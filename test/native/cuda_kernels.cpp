@@ -201,7 +201,7 @@ void choose_shape(Case& c, Random& r) {
 /// Makes it a call that the kernels for Hopper take.
 void choose_hopper(Case& c, Random& r) {
   Problem& p = c.p;
-  const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300};
+  const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300, 640, 700};
   const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 128, 128, 136, 256};
   do {
     p.query_length = r.of(lengths);
@@ -777,6 +777,7 @@ void check_all_special() {
     check_special(type, Precision::medium, 24, nan, false);
   }
   check_special(Type::bfloat16, Precision::high, 128, kInfinity, false);
+  check_special(Type::float16, Precision::high, 128, nan, false);
   check_special(Type::float32, Precision::highest, 300, kInfinity, false);
   check_special(Type::bfloat16, Precision::highest, 160, nan, false);
 }
