@@ -290,6 +290,7 @@ SDPA_DEVICE void store_rows(const HopperCall& c, const ForwardBlock& k, uint32_t
     const size_t at = row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, k.b,
                                  rows.head, rows.query[h]);
     const float factor = context_factor(call, sum);
+    nan |= is_nan(sum);  // also where dropout leaves nothing of it in the context
     SDPA_UNROLL
     for (int n = 0; n < S::kColumns / 8; ++n) {
       const float x = rows.context[n][2 * h] * factor, y = rows.context[n][2 * h + 1] * factor;

@@ -202,7 +202,7 @@ void choose_shape(Case& c, Random& r) {
 void choose_hopper(Case& c, Random& r) {
   Problem& p = c.p;
   const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300, 640, 700};
-  const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 128, 128, 136, 256};
+  const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 96, 128, 128, 128, 136, 256};
   do {
     p.query_length = r.of(lengths);
     p.key_length = r.of(lengths);
@@ -220,7 +220,7 @@ Case choose(uint64_t seed) {
   Case c;
   Problem& p = c.p;
   choose_shape(c, r);
-  const bool hopper = r.one_in(4);
+  const bool hopper = r.one_in(3);
   p.layout = r.one_in(2) ? Layout::bshd : Layout::bhsd;
   const Type types[] = {Type::float32, Type::float16, Type::bfloat16};
   p.type = r.of(types);
