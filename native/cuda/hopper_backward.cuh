@@ -33,7 +33,7 @@ struct HopperBackwardShape {
   static constexpr size_t kSumBytes = kTile / 2 * sizeof(Vector16);
   static constexpr size_t kSumsAt = 2 * kOwnedBytes + kStages * 2 * kTileBytes;
   static constexpr size_t kBarriersAt = kSumsAt + kStages * kSumBytes;
-  static constexpr size_t kSharedBytes = kBarriersAt + (1 + 4 * kStages) * sizeof(Barrier);
+  static constexpr size_t kSharedBytes = kBarriersAt + (1 + 3 * kStages) * sizeof(Barrier);
 };
 
 /// Tensors are named as in BackwardTiles.
@@ -43,7 +43,7 @@ struct HopperBackwardCall {
   uint8_t* has_nan;  // of the rows that blocks own, to be written
 };
 
-/// What a block keeps in shared memory. Barriers come in pairs: a tile is full, a tile is free.
+/// What a block keeps in shared memory, and its barriers: tiles are full, a stage is free.
 template <typename S>
 struct HopperBackwardTiles {
   unsigned char* shared;
@@ -64,10 +64,9 @@ struct HopperBackwardTiles {
   SDPA_DEVICE Barrier* owned_full() const {
     return reinterpret_cast<Barrier*>(shared + S::kBarriersAt);
   }
-  SDPA_DEVICE Barrier* tile_full(uint32_t stage) const { return owned_full() + 1 + 4 * stage; }
-  SDPA_DEVICE Barrier* tile_free(uint32_t stage) const { return owned_full() + 2 + 4 * stage; }
-  SDPA_DEVICE Barrier* values_full(uint32_t stage) const { return owned_full() + 3 + 4 * stage; }
-  SDPA_DEVICE Barrier* values_free(uint32_t stage) const { return owned_full() + 4 + 4 * stage; }
+  SDPA_DEVICE Barrier* tile_full(uint32_t stage) const { return owned_full() + 1 + 3 * stage; }
+  SDPA_DEVICE Barrier* values_full(uint32_t stage) const { return owned_full() + 2 + 3 * stage; }
+  SDPA_DEVICE Barrier* stage_free(uint32_t stage) const { return owned_full() + 3 + 3 * stage; }
 
   /// By all threads. `writers`: those that add sums to a tile.
   SDPA_DEVICE void init(uint32_t writers) const {
@@ -76,8 +75,7 @@ struct HopperBackwardTiles {
       for (uint32_t stage = 0; stage < S::kStages; ++stage) {
         init_barrier(tile_full(stage), 1 + writers);
         init_barrier(values_full(stage), 1);
-        init_barrier(tile_free(stage), 4 * S::kGroups);  // a warp each
-        init_barrier(values_free(stage), 4 * S::kGroups);
+        init_barrier(stage_free(stage), 4 * S::kGroups);  // a warp each
       }
       publish_barriers();
     }
@@ -104,10 +102,9 @@ SDPA_DEVICE void bring_sides(const HopperBackwardCall& h, const HopperBackwardTi
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t stage = i % S::kStages, turn = i / S::kStages;
     const HeadRows from = at(i);
-    if (turn > 0) wait_for(tiles.tile_free(stage), (turn - 1) % 2);
+    if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.tile_full(stage), S::kTileBytes);
     tiles.tile(stage).copy(h.tile, tiles.tile_full(stage), S::kWidth, from.row, from.head, b);
-    if (turn > 0) wait_for(tiles.values_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.values_full(stage), S::kTileBytes);
     tiles.tile_values(stage).copy(h.tile_values, tiles.values_full(stage), S::kWidth, from.row,
                                   from.head, b);
@@ -213,7 +210,7 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_row, tiles.tile(stage), weights);
     wait_products<1>();  // the gradient's
     hold(sums);
-    if (i > 0) release(tiles.tile_free((i - 1) % S::kStages));
+    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
     wait_for(tiles.values_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_row, tiles.tile_values(stage),
                                           grads);
@@ -226,7 +223,6 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     if (drops_scores) drop_words(keep, 0.0f, weights);
     wait_products<0>();
     hold(grads);
-    release(tiles.values_free(stage));
     if (drops_weights) drop_words(keep, 0.0f, grads);
     differentiate_weights(
         rescale, [&](int, int e) { return delta[e / 2]; }, weights, grads);
@@ -315,7 +311,7 @@ SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
       shift[q] = S::kWeightShift + exponent_shift(g.tensors.lse[row]);
       delta[q] = g.delta[row] * (1 / S::kRaise);
     }
-    if (turn > 0) wait_for(tiles.tile_free(stage), (turn - 1) % 2);
+    if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
     store_vector(tiles.sums(stage) + lane_index(),
                  {{to_bits(shift[0]), to_bits(shift[1]), to_bits(delta[0]), to_bits(delta[1])}});
     arrive(tiles.tile_full(stage));
@@ -365,10 +361,7 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
     wait_products<1>();  // both gradients'
     hold(sums.key);
     hold(sums.value);
-    if (i > 0) {
-      release(tiles.tile_free((i - 1) % S::kStages));
-      release(tiles.values_free((i - 1) % S::kStages));
-    }
+    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
     wait_for(tiles.values_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
                                           grads);

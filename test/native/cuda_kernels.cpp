@@ -203,12 +203,17 @@ void choose_hopper(Case& c, Random& r) {
   Problem& p = c.p;
   const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300, 640, 700};
   const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 96, 128, 128, 128, 136, 256};
+  const bool few_heads = r.one_in(2);  // leaves room for tiles enough to fill each stage again
   do {
+    if (few_heads) {
+      p.batch = p.kv_heads = 1;
+      p.query_heads = 1 + r.below(3);
+    }
     p.query_length = r.of(lengths);
     p.key_length = r.of(lengths);
     p.head_dim = r.of(dims);
     p.value_dim = r.one_in(2) ? p.head_dim : r.of(dims);
-  } while (multiply_adds(p) > 2 * kLargest);
+  } while (multiply_adds(p) > 2 * kLargest || (few_heads && multiply_adds(p) < kLargest));
   if (p.type == Type::float32) p.type = r.one_in(2) ? Type::float16 : Type::bfloat16;
   p.key_type = p.type;
   p.precision = r.one_in(2) ? Precision::high : Precision::medium;
@@ -240,6 +245,11 @@ Case choose(uint64_t seed) {
   if (!hopper && r.one_in(3)) choose_mask(c, r);
   if (r.one_in(2)) choose_dropout(c, r);
   if (hopper) {
+    if (r.one_in(2)) {  // every tile is seen
+      p.is_causal = 0;
+      p.window_left = p.window_right = -1;
+      c.lengths.clear();
+    }
     p.softcap = 0;
     p.scale = std::fabs(p.scale);
     p.key_offset = p.key_offset / kDecisionsPerCall * kDecisionsPerCall;
