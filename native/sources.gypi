@@ -37,7 +37,9 @@
       'native/cuda/forward_split.cu',
     ],
     'sdpa_cuda_hopper_sources': [
+      'native/cuda/hopper_backward.cu',
       'native/cuda/hopper_forward.cu',
+      'native/cuda/hopper_terms.cu',
     ],
     # What plays a GPU in the emulated plugin, which only tests use.
     'sdpa_cuda_emulation_sources': [

@@ -39,4 +39,10 @@ SDPA_HOST_DEVICE constexpr KeyRange visible_keys(const Visibility& v, uint32_t i
   return {uint32_t(begin), uint32_t(end)};
 }
 
+/// The same rules from the side of keys: visible_keys(seen_from_keys(v, query_length), j) are the
+/// local queries that see key `j`, if j < v.key_end.
+SDPA_HOST_DEVICE constexpr Visibility seen_from_keys(const Visibility& v, uint32_t query_length) {
+  return {-v.diagonal, v.right, v.left, query_length};
+}
+
 }  // namespace sdpa

@@ -37,7 +37,23 @@ int start_delta(const BackwardCall& g, const DeviceLimits& limits, Stream stream
                stream);
 }
 
-int start_gradients(const BackwardCall& g, const DeviceLimits& limits, Stream stream) {
+/// Workspace of a call: a copy of grad_output, delta, and states of rows. The copy is first, as it
+/// has to be aligned.
+struct BackwardWorkspace {
+  size_t kept = 0, delta, states = 0, key_states = 0;  // in bytes
+
+  BackwardWorkspace(const Problem& p, const DeviceLimits& limits)
+      : delta(size_t(rows_of_call(p)) * sizeof(float)) {
+    if (!hopper_takes_backward(p, limits)) return;
+    const bool keeps = p.dropout_p > 0 && p.dropout_placement == Placement::context;
+    if (keeps) kept = output_size(p) * size_of(p.type);
+    states = size_t(rows_of_call(p));
+    key_states = size_t{p.batch} * p.kv_heads * p.key_length;
+  }
+  size_t bytes() const { return kept + delta + states + key_states; }
+};
+
+int start_portable(const BackwardCall& g, const DeviceLimits& limits, Stream stream) {
   const Problem& p = g.forward.call.problem;
   const uint32_t width = std::max(p.head_dim, p.value_dim);
   const bool exact = p.precision == Precision::highest;
@@ -47,6 +63,20 @@ int start_gradients(const BackwardCall& g, const DeviceLimits& limits, Stream st
     if (p.type == Type::bfloat16) return start_backward_bfloat16(g, width, exact, limits, stream);
   }
   return start_backward_split(g, width, exact ? 3 : 2, limits, stream);
+}
+
+int start_gradients(BackwardCall g, const HopperBackwardWorkspace& workspace,
+                    const DeviceLimits& limits, Stream stream) {
+  const Call& call = g.forward.call;
+  if (hopper_takes_backward(call.problem, limits) && !call.inputs.keep_mask) {
+    const int error = start_hopper_backward(g, workspace, limits, stream);
+    if (error != kSuccess && error != kNotTaken) return error;
+    if (error == kSuccess) {
+      g.forward.states = workspace.states;
+      g.key_states = workspace.key_states;
+    }
+  }
+  return start_portable(g, limits, stream);
 }
 
 int start_mask_gradient(const BackwardCall& g, const DeviceLimits& limits, Stream stream) {
@@ -71,8 +101,8 @@ const char* backward_unsupported(const Problem& p, const DeviceLimits& limits) {
   return wide ? "gradients on a GPU take head dims to 256" : nullptr;
 }
 
-size_t backward_workspace(const Problem& p, bool, const DeviceLimits&) {
-  return rows_of_call(p) * sizeof(float);
+size_t backward_workspace(const Problem& p, bool, const DeviceLimits& limits) {
+  return BackwardWorkspace(p, limits).bytes();
 }
 
 int launch_backward(const Problem& p, const Inputs& inputs, const BackwardTensors& tensors,
@@ -84,9 +114,14 @@ int launch_backward(const Problem& p, const Inputs& inputs, const BackwardTensor
   g.forward.units = p.batch * p.query_heads;
   g.forward.splits = g.forward.chunks = 1;
   g.tensors = tensors;
-  g.delta = static_cast<float*>(workspace);
+  const BackwardWorkspace sizes(p, limits);
+  unsigned char* const kept = static_cast<unsigned char*>(workspace);
+  RowState* const states = reinterpret_cast<RowState*>(kept + sizes.kept + sizes.delta);
+  g.delta = reinterpret_cast<float*>(kept + sizes.kept);
   int error = start_delta(g, limits, stream);
-  if (error == kSuccess) error = start_gradients(g, limits, stream);
+  if (error == kSuccess) {
+    error = start_gradients(g, {kept, states, states + sizes.states}, limits, stream);
+  }
   if (error == kSuccess && tensors.grad_mask) error = start_mask_gradient(g, limits, stream);
   return error;
 }

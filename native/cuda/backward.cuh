@@ -49,9 +49,10 @@ struct BackwardShape {
 struct BackwardCall {
   ForwardCall forward;  // units are single heads
   BackwardTensors tensors;
-  float* delta;         // [batch, query_heads, query_length]
-  uint32_t key_blocks;  // blocks of key_gradients a key/value head
-  uint32_t chunks;      // of the columns of grad_key and grad_value
+  float* delta;                // [batch, query_heads, query_length]
+  uint32_t key_blocks;         // blocks of key_gradients a key/value head
+  uint32_t chunks;             // of the columns of grad_key and grad_value
+  const RowState* key_states;  // as forward.states, of keys: [batch, kv_heads, key_length]
 };
 
 /// Two tensors of the owned side, and two of the other: query and grad_output, key and value.
@@ -304,6 +305,7 @@ query_gradients(const SDPA_PARAMETER BackwardCall g) {
   const uint32_t warps = thread_count() / kLanes, warp_row = warp_index() * S::kRowsPerWarp;
   const ForwardBlock k =
       forward_block(f, block_index().x, warps * S::kRowsPerWarp, uint32_t{S::kColumns});
+  if (!is_wanted(f.states, k.unit, f.rows, k.first_row, warps * S::kRowsPerWarp)) return;
   const BackwardTiles<S> tiles = BackwardTiles<S>::of(warps);
   if (!S::kWide) load_owned_queries<S>(g, k, tiles);
   float sums[S::kColumns / 8][4];
@@ -315,7 +317,7 @@ query_gradients(const SDPA_PARAMETER BackwardCall g) {
   wait_copies<0>();  // where no tile was seen
   store_gradient(p.type, g.tensors.grad_query, 0, p.head_dim, p.scale, sums, [&](int h) {
     const uint32_t row = k.first_row + warp_row + 8 * h + lane_index() / 4;
-    if (row >= f.rows) return int64_t{-1};
+    if (row >= f.rows || !is_wanted_row(f.states, k.unit, f.rows, row)) return int64_t{-1};
     return int64_t(
         row_offset(p.layout, p.query_heads, p.query_length, p.head_dim, k.b, k.first_head, row));
   });
@@ -512,6 +514,8 @@ key_gradients(const SDPA_PARAMETER BackwardCall g) {
   const uint32_t warps = thread_count() / kLanes, warp_key = warp_index() * S::kRowsPerWarp;
   const uint32_t keys = warps * S::kRowsPerWarp, group = p.query_heads / p.kv_heads;
   const KeyBlock k = key_block(g, block_index().x, keys, S::kKeyColumns);
+  const size_t unit = size_t{k.b} * p.kv_heads + k.kv_head;
+  if (!is_wanted(g.key_states, unit, p.key_length, k.first_key, keys)) return;
   const BackwardTiles<S> tiles = BackwardTiles<S>::of(warps);
   if (!S::kWide) {
     tiles.owned.load(key_rows(call, k.b, k.kv_head, k.first_key, keys), 0);
@@ -543,7 +547,9 @@ key_gradients(const SDPA_PARAMETER BackwardCall g) {
   const auto row_of = [&](uint32_t width) {
     return [&, width](int h) {
       const uint32_t key = k.first_key + warp_key + 8 * h + lane_index() / 4;
-      if (key >= p.key_length) return int64_t{-1};
+      if (key >= p.key_length || !is_wanted_row(g.key_states, unit, p.key_length, key)) {
+        return int64_t{-1};
+      }
       return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
     };
   };

@@ -73,20 +73,6 @@ uint32_t most_splits(const Problem& p) {
 
 size_t rows_of_call(const Problem& p) { return size_t{p.batch} * p.query_heads * p.query_length; }
 
-/// Whether the kernels of hopper_forward.cuh are for this call.
-bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
-  const uint32_t width = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  const bool is_split = p.precision == Precision::highest;
-  // Rows in memory are whole pieces of 16 bytes; those of float32 tensors are written so.
-  const bool in_pieces = p.type == Type::float32 || (p.head_dim % 8 == 0 && p.value_dim % 8 == 0);
-  // Scores are scaled after keys were excluded by -infinity, and with the factors of terms.
-  const bool has_scale = p.scale > 0x1p-40f && p.scale < 0x1p40f;
-  const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
-  return limits.hopper && p.type == p.key_type && width <= (is_split ? 128 : 256) && in_pieces &&
-         p.mask_type == MaskType::none && p.softcap == 0 && has_scale && p.key_block_length == 0 &&
-         !is_decode(p) && is_drawn;
-}
-
 /// Floats of workspace: what splits hand on, and lse where the matrices need it; then, in bytes,
 /// what Hopper's kernels use.
 struct ForwardWorkspace {
@@ -98,7 +84,7 @@ struct ForwardWorkspace {
       sums = rows_of_call(p) * splits * 2;
     }
     if (wants_matrices(wanted) && !wanted.lse) lse = rows_of_call(p);
-    if (hopper_takes(p, limits)) hopper = hopper_forward_workspace(p);
+    if (hopper_takes_forward(p, limits)) hopper = hopper_forward_workspace(p);
   }
   size_t hopper_at() const { return ((context + sums + lse) * sizeof(float) + 15) / 16 * 16; }
   size_t bytes() const { return hopper_at() + hopper; }
@@ -136,7 +122,7 @@ int start_portable(const ForwardCall& f, const DeviceLimits& limits, Stream stre
 
 /// `workspace` is for Hopper's kernels.
 int start_contexts(ForwardCall f, void* workspace, const DeviceLimits& limits, Stream stream) {
-  if (hopper_takes(f.call.problem, limits) && !f.call.inputs.keep_mask) {
+  if (hopper_takes_forward(f.call.problem, limits) && !f.call.inputs.keep_mask) {
     const int error = start_hopper_forward(f, workspace, limits, stream);
     if (error != kSuccess && error != kNotTaken) return error;
   }

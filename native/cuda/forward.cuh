@@ -722,8 +722,9 @@ SDPA_DEVICE void store_result(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
-SDPA_DEVICE bool is_wanted_row(const ForwardCall& f, const ForwardBlock& k, uint32_t row) {
-  return !f.states || f.states[size_t{k.unit} * f.rows + row] != RowState::done;
+/// Whether a row of a unit of `rows` is still to be computed.
+SDPA_DEVICE bool is_wanted_row(const RowState* states, size_t unit, uint32_t rows, uint32_t row) {
+  return !states || states[unit * rows + row] != RowState::done;
 }
 
 template <int kTiles>
@@ -732,7 +733,7 @@ SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint3
   SDPA_NO_UNROLL
   for (int h = 0; h < 2; ++h) {
     const uint32_t row = k.first_row + first_row + 8 * h + lane_index() / 4;
-    if (row >= f.rows || !is_wanted_row(f, k, row)) continue;
+    if (row >= f.rows || !is_wanted_row(f.states, k.unit, f.rows, row)) continue;
     if (f.splits > 1) {
       store_partial(f, k, row, h, rows);
     } else {
@@ -741,11 +742,12 @@ SDPA_OUTLINE void finish_rows(const ForwardCall& f, const ForwardBlock& k, uint3
   }
 }
 
-/// Whether some of `rows` rows of the block are still to be computed.
-SDPA_DEVICE bool is_wanted(const ForwardCall& f, const ForwardBlock& k, uint32_t rows) {
+/// Whether one of `count` rows from `first` on is.
+SDPA_DEVICE bool is_wanted(const RowState* states, size_t unit, uint32_t rows, uint32_t first,
+                           uint32_t count) {
   bool any = false;
-  for (uint32_t i = 0; i < rows && k.first_row + i < f.rows; ++i) {
-    any |= is_wanted_row(f, k, k.first_row + i);
+  for (uint32_t i = first; i < first + count && i < rows; ++i) {
+    any |= is_wanted_row(states, unit, rows, i);
   }
   return any;
 }
@@ -757,7 +759,7 @@ forward_kernel(const SDPA_PARAMETER ForwardCall f) {
   const uint32_t warps = thread_count() / kLanes, warp_row = warp_index() * S::kRowsPerWarp;
   const ForwardBlock k =
       forward_block(f, block_index().x, warps * S::kRowsPerWarp, uint32_t{S::kColumns});
-  if (!is_wanted(f, k, warps * S::kRowsPerWarp)) return;
+  if (!is_wanted(f.states, k.unit, f.rows, k.first_row, warps * S::kRowsPerWarp)) return;
   const bool has_rows = k.first_row + warp_row < f.rows;
   const ForwardTiles<S> tiles = ForwardTiles<S>::of(warps);
   ForwardState<S> state;

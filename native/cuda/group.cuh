@@ -95,4 +95,46 @@ struct PanelTile {
   }
 };
 
+/// Adds rows `row` to row + 63 of `rows` . rows of `tile`, over kWidth columns, to the products
+/// under way; sets them where not `adds`.
+template <Half kHalf, uint32_t kWidth, int kTiles>
+SDPA_DEVICE void multiply_by_columns(const PanelTile& rows, uint32_t row, const PanelTile& tile,
+                                     bool adds, float (&products)[kTiles][4]) {
+  SDPA_UNROLL
+  for (uint32_t s = 0; s < kWidth / 16; ++s) {
+    multiply_shared<kHalf>(products, rows.by_columns(row, s), tile.by_columns(0, s), adds || s > 0);
+  }
+}
+
+/// The same of a term of an operand and a tile whose rows are the depth.
+template <Half kHalf, int kSteps, int kTerms, int kTiles>
+SDPA_DEVICE void multiply_by_rows(const uint32_t (&operand)[kSteps][kTerms][4], int term,
+                                  const PanelTile& tile, bool adds, float (&sums)[kTiles][4]) {
+  SDPA_UNROLL
+  for (uint32_t s = 0; s < kSteps; ++s) {
+    multiply_registers<kHalf>(sums, operand[s][term], tile.by_rows(s), adds || s > 0);
+  }
+}
+
+/// products = rows `row` to row + 63 of `rows` . rows of `tile`, begun.
+template <Half kHalf, uint32_t kWidth, int kTiles>
+SDPA_DEVICE void begin_by_columns(const PanelTile& rows, uint32_t row, const PanelTile& tile,
+                                  float (&products)[kTiles][4]) {
+  hold(products);
+  begin_products();
+  multiply_by_columns<kHalf, kWidth>(rows, row, tile, false, products);
+  commit_products();
+}
+
+/// sums += operand . tile, whose rows are the depth, begun.
+template <Half kHalf, int kSteps, int kTiles>
+SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][1][4], const PanelTile& tile,
+                               float (&sums)[kTiles][4]) {
+  hold(operand);
+  hold(sums);
+  begin_products();
+  multiply_by_rows<kHalf>(operand, 0, tile, true, sums);
+  commit_products();
+}
+
 }  // namespace sdpa::cuda

@@ -43,15 +43,6 @@ struct HopperWorkspace {
   }
 };
 
-MappedTensor mapped(const Problem& p, const HopperTensor& t) {
-  const auto bytes = [&](uint32_t b, uint32_t head, uint32_t row) {
-    return 2 * uint64_t{row_offset(p.layout, t.heads, t.length, t.width, b, head, row)};
-  };
-  return {t.data,
-          {t.width, t.length, t.heads, p.batch},
-          {2 * uint64_t{row_stride(p.layout, t.heads, t.width)}, bytes(0, 1, 0), bytes(1, 0, 0)}};
-}
-
 MappedTensor mapped_terms(const Problem& p, const HopperTensor& t, const uint16_t* terms) {
   const uint32_t width = term_width(t.width), heads = t.heads * terms_of(p);
   const uint64_t row = 2 * uint64_t{width}, plane = row * t.length;
@@ -59,32 +50,25 @@ MappedTensor mapped_terms(const Problem& p, const HopperTensor& t, const uint16_
 }
 
 /// Writes float32 tensors as terms, and maps those.
-int start_terms(HopperCall& h, const HopperWorkspace& at, unsigned char* workspace,
+int start_split(HopperCall& h, const HopperWorkspace& at, unsigned char* workspace,
                 MappedTensor (&maps)[3], const DeviceLimits& limits, Stream stream) {
   const Problem& p = h.forward.call.problem;
   TermsCall c{h.forward.call, {}, uint32_t(terms_of(p))};
-  uint64_t blocks = 0;
   for (int i = 0; i < 3; ++i) {
     const HopperTensor t = tensor_of(p, h.forward.call.inputs, i);
-    const uint32_t chunks = divide_up(t.length, kTermRows);
     c.tensors[i] = {static_cast<const float*>(t.data),
                     t.heads,
                     t.length,
                     t.width,
                     i > 0,
-                    chunks,
+                    divide_up(t.length, kTermRows),
                     reinterpret_cast<uint32_t*>(workspace + at.extremes[i]),
                     reinterpret_cast<float*>(workspace + at.factors[i]),
                     reinterpret_cast<uint16_t*>(workspace + at.terms[i])};
     maps[i] = mapped_terms(p, t, c.tensors[i].terms);
-    blocks += uint64_t{p.batch} * t.heads * chunks;
   }
   h.factors = {c.tensors[0].factors, c.tensors[1].factors, c.tensors[2].factors};
-  if (blocks > 0x7fffffff) return kInvalidConfiguration;
-  const Index3 grid = {uint32_t(blocks), 1, 1};
-  const int error = start(measure_rows, grid, kTermWarps * kLanes, 0, c, limits.sm, stream);
-  if (error != kSuccess) return error;
-  return start(write_terms, grid, kTermWarps * kLanes, 0, c, limits.sm, stream);
+  return start_terms(c, limits, stream);
 }
 
 template <typename S>
@@ -137,10 +121,11 @@ int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& li
   MappedTensor tensors[3];
   int error = kSuccess;
   if (p.type == Type::float32) {
-    error = start_terms(h, at, bytes, tensors, limits, stream);
+    error = start_split(h, at, bytes, tensors, limits, stream);
   } else {
     for (int i = 0; i < 3; ++i) {
-      tensors[i] = mapped(p, tensor_of(p, f.call.inputs, i));
+      const HopperTensor t = tensor_of(p, f.call.inputs, i);
+      tensors[i] = mapped(p, t.data, t.heads, t.length, t.width);
       if (!tensors[i].is_mappable()) return kNotTaken;
     }
   }

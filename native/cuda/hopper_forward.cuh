@@ -12,8 +12,7 @@
 // bits.
 #pragma once
 
-#include "cuda/forward.cuh"
-#include "cuda/group.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/hopper_terms.cuh"
 
 namespace sdpa::cuda {
@@ -139,41 +138,6 @@ struct HopperRows {
   float kept[2];           // the sum of what weights dropout keeps, where tracks_kept
 };
 
-/// Decisions for a fragment of 8 * kTiles columns, in words of eight tiles each.
-template <int kTiles>
-struct KeepWords {
-  static constexpr int kWords = kTiles / 8;
-  KeepFragment<8> words[kWords];
-
-  /// Drawn, never given; columns start where a call of the generator does.
-  SDPA_DEVICE void draw(const Call& call, uint32_t b, uint32_t head, const uint32_t (&query)[2],
-                        uint32_t first) {
-    SDPA_UNROLL
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = KeepFragment<8>::exchange([&](uint32_t half, uint32_t tile) {
-        const uint32_t column = dropout_column(call, first + 64 * w + 8 * tile);
-        return drawn_group(call, b, head, half ? query[1] : query[0], column / kDecisionsPerCall);
-      });
-    }
-  }
-  SDPA_DEVICE bool keeps(int tile, int element) const {
-    return words[tile / 8].keeps(tile % 8, element);
-  }
-};
-
-/// Gives `dropped` to the elements that dropout drops.
-template <int kTiles>
-SDPA_DEVICE void drop_words(const KeepWords<kTiles>& keep, float dropped,
-                            float (&fragment)[kTiles][4]) {
-  SDPA_UNROLL
-  for (int j = 0; j < kTiles; ++j) {
-    SDPA_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      if (!keep.keeps(j, e)) fragment[j][e] = dropped;
-    }
-  }
-}
-
 /// Calls body(i, j) for the pairs of terms whose products count, the smallest first (tile.cuh).
 template <int kTermsA, int kTermsB, typename Body>
 SDPA_DEVICE void each_pair(const Body& body) {
@@ -194,12 +158,9 @@ SDPA_DEVICE void begin_scores(const HopperTiles<S>& tiles, uint32_t group, uint3
   begin_products();
   bool adds = false;
   each_pair<S::kTerms, S::kTerms>([&](int i, int j) {
-    SDPA_UNROLL
-    for (uint32_t s = 0; s < S::kWidth / 16; ++s) {
-      multiply_shared<S::kHalf>(scores, tiles.queries(i).by_columns(group * S::kGroupRows, s),
-                                tiles.keys(stage, j).by_columns(0, s), adds);
-      adds = true;
-    }
+    multiply_by_columns<S::kHalf, S::kWidth>(tiles.queries(i), group * S::kGroupRows,
+                                             tiles.keys(stage, j), adds, scores);
+    adds = true;
   });
   commit_products();
 }
@@ -214,11 +175,8 @@ SDPA_DEVICE void begin_context(const HopperTiles<S>& tiles, uint32_t stage,
   begin_products();
   bool adds = !S::kFresh;
   each_pair<S::kWeightTerms, S::kTerms>([&](int i, int j) {
-    SDPA_UNROLL
-    for (uint32_t s = 0; s < S::kKeys / 16; ++s) {
-      multiply_registers<S::kHalf>(sums, weights[s][i], tiles.values(stage, j).by_rows(s), adds);
-      adds = true;
-    }
+    multiply_by_rows<S::kHalf>(weights, i, tiles.values(stage, j), adds, sums);
+    adds = true;
   });
   commit_products();
 }
@@ -237,10 +195,6 @@ SDPA_DEVICE void end_context(Context<S>& context, Context<S>& fresh) {
   } else {
     hold(context);
   }
-}
-
-SDPA_DEVICE void release(Barrier* barrier) {
-  if (lane_index() == 0) arrive(barrier);
 }
 
 /// Products become exp2(scale * product - shift), shifts and sums move on. `correction` is what the

@@ -97,17 +97,23 @@ struct KeepTransposed {
 
   SDPA_DEVICE static KeepTransposed draw(const Call& call, uint32_t b, uint32_t head,
                                          uint32_t first_query, uint32_t first_key) {
+    return exchange([&](uint32_t column, uint32_t half) {
+      const uint32_t query = first_query + column, last = call.problem.query_length - 1;
+      // Padding draws for the last query, and is never read.
+      return keep_byte(call, b, head, query < last ? query : last, first_key + 8 * half);
+    });
+  }
+
+  /// `byte(column, half)` gives the decisions for the upper or the lower eight rows of a column.
+  template <typename Byte>
+  SDPA_DEVICE static KeepTransposed exchange(const Byte& byte) {
     static_assert(kTiles % 2 == 0 && kTiles <= 8);
     // A lane decides for one query and eight keys; the eight lanes of those keys take a bit each.
     const uint32_t lane = lane_index(), t = lane % 4, g = lane / 4;
     uint32_t own = 0;
     SDPA_NO_UNROLL
     for (uint32_t i = 0; i < kTiles / 2; ++i) {
-      const uint32_t query = first_query + 8 * (2 * i + lane / 16) + lane % 8;
-      // Padding draws for the last query, and is never read.
-      const uint32_t last = call.problem.query_length - 1;
-      own |= keep_byte(call, b, head, query < last ? query : last, first_key + 8 * (lane / 8 % 2))
-             << (8 * i);
+      own |= byte(8 * (2 * i + lane / 16) + lane % 8, lane / 8 % 2) << (8 * i);
     }
     KeepTransposed keep{0};
     SDPA_UNROLL

@@ -207,17 +207,23 @@ void choose_shape(Case& c, Random& r) {
 /// Makes it a call that the kernels for Hopper take.
 void choose_hopper(Case& c, Random& r) {
   Problem& p = c.p;
-  const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300};
-  const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 128, 128, 136, 256};
+  const uint32_t lengths[] = {17, 31, 64, 65, 100, 128, 129, 200, 257, 300, 640, 700};
+  const uint32_t dims[] = {8, 16, 40, 64, 64, 72, 80, 96, 128, 128, 128, 136, 256};
   const uint32_t any_dims[] = {1, 7, 33, 64, 64, 100, 128, 128, 200};
   const auto dim = [&] { return p.type == Type::float32 ? r.of(any_dims) : r.of(dims); };
+  const bool few_heads = r.one_in(2);  // leaves room for tiles enough to fill each stage again
   do {
+    if (few_heads) {
+      p.batch = p.kv_heads = 1;
+      p.query_heads = 1 + r.below(3);
+    }
     p.query_length = r.of(lengths);
     p.key_length = r.of(lengths);
     p.head_dim = dim();
     p.value_dim = r.one_in(2) ? p.head_dim : dim();
-  } while (multiply_adds(p) > 2 * kLargest);
+  } while (multiply_adds(p) > 2 * kLargest || (few_heads && multiply_adds(p) < kLargest));
   p.key_type = p.type;
+  if (r.one_in(2)) p.precision = r.one_in(2) ? Precision::high : Precision::medium;
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
 }
 
@@ -254,7 +260,7 @@ Case choose(uint64_t seed) {
   Case c;
   Problem& p = c.p;
   choose_shape(c, r);
-  const bool hopper = r.one_in(4);
+  const bool hopper = r.one_in(3);
   p.layout = r.one_in(2) ? Layout::bshd : Layout::bhsd;
   const Type types[] = {Type::float32, Type::float16, Type::bfloat16};
   p.type = r.of(types);
@@ -274,6 +280,11 @@ Case choose(uint64_t seed) {
   if (!hopper && r.one_in(3)) choose_mask(c, r);
   if (r.one_in(2)) choose_dropout(c, r);
   if (hopper) {
+    if (r.one_in(2)) {  // every tile is seen
+      p.is_causal = 0;
+      p.window_left = p.window_right = -1;
+      c.lengths.clear();
+    }
     p.softcap = 0;
     p.scale = std::fabs(p.scale);
     p.key_offset = p.key_offset / kDecisionsPerCall * kDecisionsPerCall;
@@ -336,14 +347,15 @@ struct Cuts {
 Cuts cuts_of(const Case& c) {
   const Problem& p = c.p;
   if (p.precision == Precision::highest) return {0, 0};
-  if (c.limits.hopper && p.type == Type::float32) return {0x1p-10, 0x1p-10};
   const bool high = p.precision == Precision::high;
   const bool wide = p.head_dim > 256 || p.value_dim > 256;
   if (p.type == p.key_type && p.type != Type::float32 && !wide) {
     return {0, p.type == Type::float16 ? 0x1p-11 : 0x1p-8};
   }
   const bool one = !high && p.type == Type::float32 && p.key_type == Type::float32;
-  return one ? Cuts{0x1p-7, 0x1p-7} : Cuts{0x1p-14, 0x1p-14};
+  if (one) return {0x1p-7, 0x1p-7};
+  const bool hopper = c.limits.hopper && p.type == Type::float32;
+  return hopper ? Cuts{0x1p-10, 0x1p-10} : Cuts{0x1p-14, 0x1p-14};
 }
 
 struct Reference {
@@ -750,6 +762,12 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
   Forward clean;
   clean.run(c, false);
+  // The gradients of Hopper's kernels are computed again, where they are NaN, by others.
+  const double tolerance =
+      hopper && type != Type::float32 && precision != Precision::highest ? 0x1p-6 : 0;
+  const auto agree = [=](double a, double b) {
+    return same(a, b) || std::fabs(a - b) <= tolerance;
+  };
   Backward clean_grads;
   const bool gradients = width <= 256 && !decode;
   if (gradients) clean_grads.run(c, clean);
@@ -771,7 +789,7 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
     for (uint32_t d = 0; gradients && d < p.head_dim; ++d) {
       const size_t at = row * p.head_dim + d;
       if (sees ? std::isfinite(grads.query.at(at))
-               : !same(grads.query.at(at), clean_grads.query.at(at))) {
+               : !agree(grads.query.at(at), clean_grads.query.at(at))) {
         return fail(c, "a poisoned value: grad_query of row " + std::to_string(row));
       }
     }
@@ -787,14 +805,14 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
     for (uint32_t d = 0; d < p.head_dim; ++d) {
       const size_t at = key * p.head_dim + d;
       if (sees ? std::isfinite(grads.key.at(at))
-               : !same(grads.key.at(at), clean_grads.key.at(at))) {
+               : !agree(grads.key.at(at), clean_grads.key.at(at))) {
         return fail(c, "a poisoned gradient: grad_key of key " + std::to_string(key));
       }
     }
     for (uint32_t d = 0; d < p.value_dim; ++d) {
       const size_t at = key * p.value_dim + d;
       if (sees ? std::isfinite(grads.value.at(at))
-               : !same(grads.value.at(at), clean_grads.value.at(at))) {
+               : !agree(grads.value.at(at), clean_grads.value.at(at))) {
         return fail(c, "a poisoned gradient: grad_value of key " + std::to_string(key));
       }
     }

@@ -81,8 +81,8 @@ namespace emulation {
 
 /// A product of a warpgroup, as its threads issue it.
 struct GroupProduct {
-  float* sums[kGroupThreads];    // [tiles][4] each
-  uint32_t a[kGroupThreads][4];  // where operand A is in registers
+  float* sums[kGroupThreads];        // [tiles][4] each
+  const uint32_t* a[kGroupThreads];  // [4] each, where operand A is in registers
   uint64_t a_matrix, b_matrix;
   uint32_t tiles;
   bool adds, a_in_registers;
@@ -113,9 +113,9 @@ struct GroupProduct {
     for (uint32_t row = 0; row < 64; ++row) {
       for (uint32_t k = 0; k < 16; ++k) {
         const uint32_t lane = row / 16 * kLanes + row % 8 * 4 + k % 8 / 2;
-        const uint32_t pair = this->a[lane][row % 16 / 8 + 2 * (k / 8)];
-        a[row * 16 + k] =
-            a_in_registers ? widen(uint16_t(pair >> (16 * (k % 2)))) : by_columns(a_matrix, row, k);
+        const uint32_t i = row % 16 / 8 + 2 * (k / 8);
+        a[row * 16 + k] = a_in_registers ? widen(uint16_t(this->a[lane][i] >> (16 * (k % 2))))
+                                         : by_columns(a_matrix, row, k);
       }
     }
     const uint32_t columns = 8 * tiles;
@@ -161,7 +161,7 @@ struct GroupOperands {
         fail("threads of a warpgroup describe different matrices");
       }
       product->sums[i] = own.sums;
-      if (own.a) std::memcpy(product->a[i], own.a, sizeof product->a[i]);
+      product->a[i] = own.a;
     }
     issue([product] { product->run(); });
   }

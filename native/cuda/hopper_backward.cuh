@@ -1,0 +1,466 @@
+// The backward pass on Hopper: the two kernels of backward.cuh, arranged as the forward pass of
+// hopper_forward.cuh. A block owns rows of two tensors and runs over tiles of two others, which its
+// producer brings: queries and their gradients over keys and values, or the other way round. Scores
+// of the next tile are multiplied while the gradients of this one are summed.
+//
+// Takes what the forward kernels take, to narrower heads; what comes out as NaN is for the portable
+// kernels to compute again.
+#pragma once
+
+#include "cuda/backward.cuh"
+#include "cuda/hopper.cuh"
+
+namespace sdpa::cuda {
+
+// ------------------------------------------------------------------------------------------ shapes
+
+/// Tiles have kTile rows, as many as registers allow for.
+template <Half kHalf_, int kWidth_, int kTile_>
+struct HopperBackwardShape {
+  static constexpr Half kHalf = kHalf_;
+  static constexpr int kWidth = kWidth_, kTile = kTile_;
+  static constexpr uint32_t kGroups = 2;  // warpgroups that compute
+  static constexpr uint32_t kThreads = (1 + kGroups) * kGroupThreads;
+  static constexpr uint32_t kProducerRegisters = 24, kRegisters = 240;
+  static constexpr uint32_t kGroupRows = 64, kRows = kGroups * kGroupRows;
+  static constexpr uint32_t kStages = 2;
+  /// Weights that multiply gradients of the output are computed times 2^kWeightShift, as ever.
+  static constexpr float kWeightShift = kHalf == Half::float16 ? 14 : 0;
+  static constexpr float kRaise = kHalf == Half::float16 ? 1 << 14 : 1;
+
+  static constexpr size_t kOwnedBytes = PanelTile::bytes(kRows, kWidth);
+  static constexpr size_t kTileBytes = PanelTile::bytes(kTile, kWidth);
+  static constexpr size_t kSumBytes = kTile / 2 * sizeof(Vector16);
+  static constexpr size_t kSumsAt = 2 * kOwnedBytes + kStages * 2 * kTileBytes;
+  static constexpr size_t kBarriersAt = kSumsAt + kStages * kSumBytes;
+  static constexpr size_t kSharedBytes = kBarriersAt + (1 + 3 * kStages) * sizeof(Barrier);
+};
+
+/// Tensors are named as in BackwardTiles.
+struct HopperBackwardCall {
+  BackwardCall backward;
+  TensorMap owned, owned_values, tile, tile_values;
+  RowState* states;  // of the rows that blocks own, to be written
+};
+
+/// What a block keeps in shared memory, and its barriers: tiles are full, a stage is free.
+template <typename S>
+struct HopperBackwardTiles {
+  unsigned char* shared;
+
+  SDPA_DEVICE PanelTile owned() const { return {shared, S::kRows}; }
+  SDPA_DEVICE PanelTile owned_values() const { return {shared + S::kOwnedBytes, S::kRows}; }
+  SDPA_DEVICE PanelTile tile(uint32_t stage) const {
+    return {shared + 2 * S::kOwnedBytes + 2 * stage * S::kTileBytes, S::kTile};
+  }
+  SDPA_DEVICE PanelTile tile_values(uint32_t stage) const {
+    return {shared + 2 * S::kOwnedBytes + (2 * stage + 1) * S::kTileBytes, S::kTile};
+  }
+  /// Of queries 2 * pair and the next of a tile of queries: what is added to their exponents,
+  /// twice, and delta / kRaise, twice. They come and go with the queries.
+  SDPA_DEVICE Vector16* sums(uint32_t stage) const {
+    return reinterpret_cast<Vector16*>(shared + S::kSumsAt + stage * S::kSumBytes);
+  }
+  SDPA_DEVICE Barrier* owned_full() const {
+    return reinterpret_cast<Barrier*>(shared + S::kBarriersAt);
+  }
+  SDPA_DEVICE Barrier* tile_full(uint32_t stage) const { return owned_full() + 1 + 3 * stage; }
+  SDPA_DEVICE Barrier* values_full(uint32_t stage) const { return owned_full() + 2 + 3 * stage; }
+  SDPA_DEVICE Barrier* stage_free(uint32_t stage) const { return owned_full() + 3 + 3 * stage; }
+
+  /// By all threads. `writers`: those that add sums to a tile.
+  SDPA_DEVICE void init(uint32_t writers) const {
+    if (thread_index() == 0) {
+      init_barrier(owned_full(), 1);
+      for (uint32_t stage = 0; stage < S::kStages; ++stage) {
+        init_barrier(tile_full(stage), 1 + writers);
+        init_barrier(values_full(stage), 1);
+        init_barrier(stage_free(stage), 4 * S::kGroups);  // a warp each
+      }
+      publish_barriers();
+    }
+    sync_block();
+  }
+};
+
+// ---------------------------------------------------------------------------------------- producer
+
+/// Rows of a head of a tensor, from `row` on.
+struct HeadRows {
+  uint32_t head, row;
+};
+
+/// By one thread. `at(i)` says where tile i is.
+template <typename S, typename At>
+SDPA_DEVICE void bring_sides(const HopperBackwardCall& h, const HopperBackwardTiles<S>& tiles,
+                             uint32_t b, HeadRows owned, uint32_t count, const At& at) {
+  arrive_and_expect(tiles.owned_full(), 2 * S::kOwnedBytes);
+  tiles.owned().copy(h.owned, tiles.owned_full(), S::kWidth, owned.row, owned.head, b);
+  tiles.owned_values().copy(h.owned_values, tiles.owned_full(), S::kWidth, owned.row, owned.head,
+                            b);
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t stage = i % S::kStages, turn = i / S::kStages;
+    const HeadRows from = at(i);
+    if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
+    arrive_and_expect(tiles.tile_full(stage), S::kTileBytes);
+    tiles.tile(stage).copy(h.tile, tiles.tile_full(stage), S::kWidth, from.row, from.head, b);
+    arrive_and_expect(tiles.values_full(stage), S::kTileBytes);
+    tiles.tile_values(stage).copy(h.tile_values, tiles.values_full(stage), S::kWidth, from.row,
+                                  from.head, b);
+  }
+}
+
+// ------------------------------------------------------------------------------ gradients of
+// scores
+
+/// What is added to exponents in units of log2: -lse. A row without weights has 0, as none of its
+/// keys are seen; one that is not finite has NaN, which leaves it to the portable kernels.
+SDPA_DEVICE float exponent_shift(float lse) {
+  const float shift = lse == -SDPA_INFINITY ? 0.0f : -lse * kLog2E;
+  return is_finite(shift) ? shift : SDPA_INFINITY - SDPA_INFINITY;
+}
+
+/// Products become exp2(scale * product + shift(j, e)), at most 2^top (see weight_from_lse).
+template <int kTiles, typename Shift>
+SDPA_DEVICE void weigh_by_lse(float scale, float top, const Shift& shift,
+                              float (&scores)[kTiles][4]) {
+  SDPA_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    SDPA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float exponent = fmaf(scores[j][e], scale, shift(j, e));
+      scores[j][e] = exp2_fast(exponent > top ? top : exponent);
+    }
+  }
+}
+
+/// Clears the weights of columns that the thread's two rows do not see, or are not seen by.
+template <int kTiles>
+SDPA_DEVICE void clear_unseen(const KeyRange (&seen)[2], uint32_t first_column,
+                              float (&weights)[kTiles][4]) {
+  SDPA_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    SDPA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t column = first_column + 8 * j + 2 * (lane_index() % 4) + e % 2;
+      if (column < seen[e / 2].begin || column >= seen[e / 2].end) weights[j][e] = 0;
+    }
+  }
+}
+
+/// Gradients of dropped weights, not yet rescaled, become those of scores.
+template <int kTiles, typename Delta>
+SDPA_DEVICE void differentiate_weights(float rescale, const Delta& delta,
+                                       const float (&weights)[kTiles][4],
+                                       float (&grads)[kTiles][4]) {
+  SDPA_UNROLL
+  for (int j = 0; j < kTiles; ++j) {
+    SDPA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      grads[j][e] = weights[j][e] * fmaf(grads[j][e], rescale, -delta(j, e));
+    }
+  }
+}
+
+/// Whether the sums of the thread's upper or lower row hold a NaN, in any lane.
+template <int kTiles>
+SDPA_DEVICE bool row_has_nan(const float (&sums)[kTiles][4], int half) {
+  bool nan = false;
+  SDPA_UNROLL
+  for (int n = 0; n < kTiles; ++n) nan |= is_nan(sums[n][2 * half]) | is_nan(sums[n][2 * half + 1]);
+  return quad_max(nan ? 1.0f : 0.0f) > 0;
+}
+
+/// Writes the state of a row of a unit of `rows`.
+SDPA_DEVICE void store_state(RowState* states, size_t unit, uint32_t rows, uint32_t row, bool nan) {
+  if (row < rows && lane_index() % 4 == 0) {
+    states[unit * rows + row] = nan ? RowState::nan : RowState::done;
+  }
+}
+
+// ------------------------------------------------------------------------------- gradient of query
+
+/// Runs over `count` tiles of keys from `begin` on: leaves grad_query without the scale, for the
+/// warp's rows from `warp_row` of the block on.
+template <typename S>
+SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
+                          const HopperBackwardTiles<S>& tiles, uint32_t warp_row, uint32_t begin,
+                          uint32_t count, float (&sums)[S::kWidth / 8][4]) {
+  const Call& call = g.forward.call;
+  const float scale = call.problem.scale * kLog2E, rescale = call.rescale();
+  const bool drops_scores = call.drops(Placement::scores);
+  const bool drops_weights = call.drops(Placement::weights);
+  const uint32_t group_row = warp_row / S::kGroupRows * S::kGroupRows;
+  float lse[2], delta[2], shift[2];
+  load_row_sums(g, k, warp_row, lse, delta);
+  uint32_t query[2];
+  KeyRange seen[2];
+  SDPA_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t row = k.first_row + warp_row + 8 * h + lane_index() / 4;
+    query[h] = row < g.forward.rows ? row : g.forward.rows - 1;
+    seen[h] = visible_keys(k.visibility, query[h]);
+    shift[h] = exponent_shift(lse[h]);
+  }
+  float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
+  uint32_t operand[S::kTile / 16][1][4];
+  KeepWords<S::kTile / 8> keep{};
+  clear(weights);
+  clear(grads);
+  wait_for(tiles.owned_full(), 0);
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t stage = i % S::kStages, parity = i / S::kStages % 2;
+    const uint32_t first = begin + i * S::kTile;
+    wait_for(tiles.tile_full(stage), parity);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_row, tiles.tile(stage), weights);
+    wait_products<1>();  // the gradient's
+    hold(sums);
+    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
+    wait_for(tiles.values_full(stage), parity);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_row, tiles.tile_values(stage),
+                                          grads);
+    if (drops_scores || drops_weights) keep.draw(call, k.b, k.first_head, query, first);
+    wait_products<1>();
+    hold(weights);
+    weigh_by_lse(
+        scale, 0, [&](int, int e) { return shift[e / 2]; }, weights);
+    if (first < k.all.begin || first + S::kTile > k.all.end) clear_unseen(seen, first, weights);
+    if (drops_scores) drop_words(keep, 0.0f, weights);
+    wait_products<0>();
+    hold(grads);
+    if (drops_weights) drop_words(keep, 0.0f, grads);
+    differentiate_weights(
+        rescale, [&](int, int e) { return delta[e / 2]; }, weights, grads);
+    to_operand<S::kHalf>(grads, operand);
+    begin_by_rows<S::kHalf>(operand, tiles.tile(stage), sums);
+  }
+  wait_products<0>();
+  hold(sums);
+}
+
+template <typename S>
+SDPA_KERNEL(S::kThreads, 1)
+hopper_query_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
+  const BackwardCall& g = h.backward;
+  const Problem& p = g.forward.call.problem;
+  const ForwardBlock k = forward_block(g.forward, block_index().x, S::kRows, uint32_t{S::kWidth});
+  const HopperBackwardTiles<S> tiles{shared_memory()};
+  const uint32_t begin = k.any.begin / S::kTile * S::kTile;
+  const uint32_t count = k.any.begin < k.any.end ? divide_up(k.any.end - begin, S::kTile) : 0;
+  tiles.init(0);
+  if (group_index() == 0) {
+    give_registers<S::kProducerRegisters>();
+    if (thread_index() > 0 || count == 0) return;
+    bring_sides(h, tiles, k.b, {k.first_head, k.first_row}, count, [&](uint32_t i) {
+      return HeadRows{k.kv_head, begin + i * S::kTile};
+    });
+  } else {
+    take_registers<S::kRegisters>();
+    const uint32_t warp_row = (warp_index() - 4) * 16;
+    float sums[S::kWidth / 8][4];
+    clear(sums);
+    if (count > 0) sum_keys(g, k, tiles, warp_row, begin, count, sums);
+    store_gradient(p.type, g.tensors.grad_query, 0, p.head_dim, p.scale, sums, [&](int half) {
+      const uint32_t row = k.first_row + warp_row + 8 * half + lane_index() / 4;
+      if (row >= g.forward.rows) return int64_t{-1};
+      return int64_t(
+          row_offset(p.layout, p.query_heads, p.query_length, p.head_dim, k.b, k.first_head, row));
+    });
+    SDPA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = k.first_row + warp_row + 8 * half + lane_index() / 4;
+      store_state(h.states, k.unit, g.forward.rows, row, row_has_nan(sums, half));
+    }
+  }
+}
+
+// ---------------------------------------------------------------------- gradients of key and value
+
+/// The tiles of queries that a block of keys runs over: those of one head after those of another.
+struct QueryTiles {
+  uint32_t first_head, begin, per_head, count;
+  KeyRange all;  // queries that see all keys of the block
+
+  SDPA_DEVICE static QueryTiles of(const Problem& p, const KeyBlock& k, uint32_t keys,
+                                   uint32_t tile) {
+    const uint32_t group = p.query_heads / p.kv_heads, key_end = k.visibility.key_end;
+    const uint32_t end = k.first_key + keys < key_end ? k.first_key + keys : key_end;
+    QueryTiles q{k.kv_head * group, 0, 0, 0, {0, 0}};
+    if (k.first_key >= end) return q;
+    const SeenByRun seen =
+        seen_by_run(seen_from_keys(k.visibility, p.query_length), k.first_key, end - 1);
+    if (seen.any.begin >= seen.any.end) return q;
+    q.begin = seen.any.begin / tile * tile;
+    q.per_head = divide_up(seen.any.end - q.begin, tile);
+    q.count = group * q.per_head;
+    if (end == k.first_key + keys) q.all = seen.all;
+    return q;
+  }
+  SDPA_DEVICE HeadRows at(uint32_t i, uint32_t tile) const {
+    return {first_head + i / per_head, begin + i % per_head * tile};
+  }
+};
+
+/// Brings the sums of tiles of queries. By a warp, a lane for each two queries.
+template <typename S>
+SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
+                            const HopperBackwardTiles<S>& tiles, const QueryTiles& queries) {
+  static_assert(S::kTile / 2 == kLanes);
+  const Problem& p = g.forward.call.problem;
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < queries.count; ++i) {
+    const uint32_t stage = i % S::kStages, turn = i / S::kStages;
+    const HeadRows from = queries.at(i, S::kTile);
+    float shift[2] = {0, 0}, delta[2] = {0, 0};
+    SDPA_UNROLL
+    for (uint32_t q = 0; q < 2; ++q) {
+      const uint32_t query = from.row + 2 * lane_index() + q;
+      if (query >= p.query_length) continue;
+      const size_t row = flat_row(p, k.b, from.head, query);
+      shift[q] = S::kWeightShift + exponent_shift(g.tensors.lse[row]);
+      delta[q] = g.delta[row] * (1 / S::kRaise);
+    }
+    if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
+    store_vector(tiles.sums(stage) + lane_index(),
+                 {{to_bits(shift[0]), to_bits(shift[1]), to_bits(delta[0]), to_bits(delta[1])}});
+    arrive(tiles.tile_full(stage));
+  }
+}
+
+/// Gradients of a thread's two keys and their values, not yet scaled.
+template <typename S>
+struct KeyGradients {
+  float key[S::kWidth / 8][4], value[S::kWidth / 8][4];
+};
+
+/// Runs over the tiles of queries, for the warp's keys from `warp_key` of the block on. Scores are
+/// transposed: rows are keys.
+template <typename S>
+SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
+                             const HopperBackwardTiles<S>& tiles, const QueryTiles& queries,
+                             uint32_t warp_key, KeyGradients<S>& sums) {
+  const Call& call = g.forward.call;
+  const Problem& p = call.problem;
+  const float scale = p.scale * kLog2E, rescale = call.rescale() * (1 / S::kRaise);
+  const bool drops_scores = call.drops(Placement::scores);
+  const bool drops_weights = call.drops(Placement::weights);
+  const uint32_t group_key = warp_key / S::kGroupRows * S::kGroupRows;
+  const uint32_t first_key = k.first_key + warp_key;
+  KeyRange seen[2];
+  SDPA_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t key = first_key + 8 * h + lane_index() / 4;
+    seen[h] = key < k.visibility.key_end
+                  ? visible_keys(seen_from_keys(k.visibility, p.query_length), key)
+                  : KeyRange{0, 0};
+  }
+  float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
+  uint32_t weight_operand[S::kTile / 16][1][4], grad_operand[S::kTile / 16][1][4];
+  KeepTransposed<S::kTile / 8> keep{0};
+  clear(weights);
+  clear(grads);
+  wait_for(tiles.owned_full(), 0);
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < queries.count; ++i) {
+    const uint32_t stage = i % S::kStages, parity = i / S::kStages % 2;
+    const HeadRows from = queries.at(i, S::kTile);
+    const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
+    wait_for(tiles.tile_full(stage), parity);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
+    wait_products<1>();  // both gradients'
+    hold(sums.key);
+    hold(sums.value);
+    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
+    wait_for(tiles.values_full(stage), parity);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
+                                          grads);
+    if (drops_scores || drops_weights) {
+      keep = KeepTransposed<S::kTile / 8>::exchange([&](uint32_t column, uint32_t half) {
+        const uint32_t query = from.row + column, last = p.query_length - 1;
+        const uint32_t key = dropout_column(call, first_key + 8 * half);
+        return drawn_group(call, k.b, from.head, query < last ? query : last,
+                           key / kDecisionsPerCall);
+      });
+    }
+    wait_products<1>();
+    hold(weights);
+    const auto shift = [&](int j, int e) {
+      return from_bits(load_vector(row_sums + 4 * j).w[e % 2]);
+    };
+    weigh_by_lse(scale, S::kWeightShift, shift, weights);
+    if (from.row < queries.all.begin || from.row + S::kTile > queries.all.end) {
+      clear_unseen(seen, from.row, weights);
+    }
+    if (drops_scores) drop_words(keep, 0.0f, weights);
+    if (drops_weights) {
+      float kept[S::kTile / 8][4];
+      copy_fragment(weights, kept);
+      drop_words(keep, 0.0f, kept);
+      to_operand<S::kHalf>(kept, weight_operand);
+    } else {
+      to_operand<S::kHalf>(weights, weight_operand);
+    }
+    begin_by_rows<S::kHalf>(weight_operand, tiles.tile_values(stage), sums.value);
+    wait_products<1>();
+    hold(grads);
+    if (drops_weights) drop_words(keep, 0.0f, grads);
+    const auto delta = [&](int j, int e) {
+      return from_bits(load_vector(row_sums + 4 * j).w[2 + e % 2]);
+    };
+    differentiate_weights(rescale, delta, weights, grads);
+    to_operand<S::kHalf>(grads, grad_operand);
+    begin_by_rows<S::kHalf>(grad_operand, tiles.tile(stage), sums.key);
+  }
+  wait_products<0>();
+  hold(sums.key);
+  hold(sums.value);
+}
+
+template <typename S>
+SDPA_KERNEL(S::kThreads, 1)
+hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
+  const BackwardCall& g = h.backward;
+  const Call& call = g.forward.call;
+  const Problem& p = call.problem;
+  const KeyBlock k = key_block(g, block_index().x, S::kRows, S::kWidth);
+  const HopperBackwardTiles<S> tiles{shared_memory()};
+  const QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
+  tiles.init(kLanes);
+  if (group_index() == 0) {
+    give_registers<S::kProducerRegisters>();
+    if (thread_index() == 0 && queries.count > 0) {
+      bring_sides(h, tiles, k.b, {k.kv_head, k.first_key}, queries.count,
+                  [&](uint32_t i) { return queries.at(i, S::kTile); });
+    } else if (warp_index() == 1) {
+      bring_sums(g, k, tiles, queries);
+    }
+  } else {
+    take_registers<S::kRegisters>();
+    const uint32_t warp_key = (warp_index() - 4) * 16;
+    KeyGradients<S> sums;
+    clear(sums.key);
+    clear(sums.value);
+    if (queries.count > 0) sum_queries(g, k, tiles, queries, warp_key, sums);
+    const auto row_of = [&](uint32_t width) {
+      return [&, width](int half) {
+        const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
+        if (key >= p.key_length) return int64_t{-1};
+        return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
+      };
+    };
+    store_gradient(p.type, g.tensors.grad_key, 0, p.head_dim, p.scale, sums.key,
+                   row_of(p.head_dim));
+    store_gradient(p.type, g.tensors.grad_value, 0, p.value_dim, call.rescale() / S::kRaise,
+                   sums.value, row_of(p.value_dim));
+    SDPA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
+      store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
+                  k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
+    }
+  }
+}
+
+}  // namespace sdpa::cuda
