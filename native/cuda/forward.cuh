@@ -182,7 +182,8 @@ SDPA_DEVICE void gather_a(uint32_t (&a)[kTerms][4], uint32_t step, const At& at)
 }
 
 /// products = rows . tile rows over `depth` columns, for the warp's rows: load_a(r, step, a) gives
-/// operand A of set `r`.
+/// operand A of set `r`. Where rows are wide and split, each step is summed by itself and added in
+/// float32 (see multiply_rows).
 template <typename S, typename B, typename LoadA>
 SDPA_DEVICE void multiply_tile(uint32_t depth, const LoadA& load_a, const B& tile,
                                ScoreFragment<S>& products) {
@@ -198,8 +199,19 @@ SDPA_DEVICE void multiply_tile(uint32_t depth, const LoadA& load_a, const B& til
       tile.load_b(b, 8 * j, s);
       SDPA_UNROLL
       for (int r = 0; r < S::kRowSets; ++r) {
-        multiply_terms<S::kHalf, 0>(products[r][j], a[r], b);
-        multiply_terms<S::kHalf, 2>(products[r][j + 1], a[r], b);
+        if constexpr (S::kWide && S::kTerms > 1) {
+          float fresh[2][4] = {};
+          multiply_terms<S::kHalf, 0>(fresh[0], a[r], b);
+          multiply_terms<S::kHalf, 2>(fresh[1], a[r], b);
+          SDPA_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            products[r][j][e] += fresh[0][e];
+            products[r][j + 1][e] += fresh[1][e];
+          }
+        } else {
+          multiply_terms<S::kHalf, 0>(products[r][j], a[r], b);
+          multiply_terms<S::kHalf, 2>(products[r][j + 1], a[r], b);
+        }
       }
     }
   };
