@@ -11,14 +11,25 @@ const hasEmulatedGpu = existsSync(join(emulated, 'build/Release/libsdpa_cuda.so'
  * The tests of the GPU alone, and those that go through every backend and end soon on a GPU that is
  * played by the CPU; all others run on a real one (npm run test:gpu).
  */
-const ON_GPU = [
-  'test/cuda/*.test.ts',
-  'test/gpu/*.test.ts',
-  ...['conformance', 'dropout', 'special-values', 'splits'].map(fileOf),
-];
+const OF_GPU = ['test/cuda/*.test.ts', 'test/gpu/*.test.ts'];
+const OF_BACKENDS = ['conformance', 'dropout', 'precision', 'special-values', 'splits'].map(fileOf);
 
 function fileOf(name: string): string {
   return `test/${name}.test.ts`;
+}
+
+function onEmulatedGpu(name: string, include: string[], more: Record<string, string>) {
+  const env = {
+    NODE_SDPA_PREBUILD: emulated,
+    SDPA_TEST_BACKENDS: 'cuda',
+    SDPA_EMULATED_DEVICES: '2',
+    SDPA_TEST_SMALL: '1',
+    ...more,
+  };
+  return {
+    extends: true as const,
+    test: { name, include, setupFiles: ['tools/prove-binary.ts'], env },
+  };
 }
 
 export default defineConfig({
@@ -50,21 +61,8 @@ export default defineConfig({
       // The emulated plugin lies beside an addon of its own: see CMakeLists.txt.
       ...(hasEmulatedGpu
         ? [
-            {
-              extends: true as const,
-              test: {
-                name: 'cuda',
-                include: ON_GPU,
-                setupFiles: ['tools/prove-binary.ts'],
-                env: {
-                  NODE_SDPA_PREBUILD: emulated,
-                  SDPA_TEST_BACKENDS: 'cuda',
-                  SDPA_EMULATED_DEVICES: '2',
-                  SDPA_CUDA_HOPPER: '1',
-                  SDPA_TEST_SMALL: '1',
-                },
-              },
-            },
+            onEmulatedGpu('cuda', [...OF_GPU, ...OF_BACKENDS], {}),
+            onEmulatedGpu('hopper', OF_BACKENDS, { SDPA_CUDA_HOPPER: '1' }),
           ]
         : []),
     ],

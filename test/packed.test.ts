@@ -251,7 +251,7 @@ describe.each(BACKENDS)('%s, bit for bit', (backend) => {
       [
         [17, 17],
         [65, 300],
-        [16, 64],
+        [32, 64],
         [100, 130],
         [48, 5],
       ],

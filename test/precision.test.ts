@@ -6,7 +6,7 @@ import type { Precision } from '../lib/index';
 import { namedTensors, randomTensor, swapAxes } from './cases';
 import { BACKENDS, type Call, expected, forward, logical, representable, stored } from './harness';
 import { onnxCall } from './onnx-case';
-import type { ReferenceTensor } from './reference';
+import { HOPPER, type ReferenceTensor } from './reference';
 import { torchCall } from './torch-case';
 import { generatedOnnxCases, publishedOnnxCases, torchCases, type VectorCase } from './vectors';
 
@@ -21,9 +21,13 @@ const wanted = want.backward(call.gradOutput!.data);
 /**
  * The largest relative L2 error, from the arithmetic: a float32 sum of some hundred terms gives
  * 1e-6; dropping terms below 2^-16 of a product 2^-16 (1.5e-5), below 2^-8 about 2^-8 (4e-3), and
- * a gradient multiplies rounded operands twice.
+ * a gradient multiplies rounded operands twice. The kernels for Hopper round operands at 2^-11.
  */
-const bounds: Record<Precision, number> = { highest: 3e-6, high: 6e-5, medium: 1.6e-2 };
+const bounds: Record<Precision, number> = {
+  highest: 3e-6,
+  high: HOPPER ? 1e-3 : 6e-5,
+  medium: 1.6e-2,
+};
 
 /** Those that split float32 into fewer terms where less precision is asked for. */
 const SPLITTING = ['cpu:amx', 'cuda'];
@@ -56,7 +60,8 @@ describe.each(BACKENDS.filter((name) => SPLITTING.includes(name)))('%s', (backen
       distance(logical(forward(backend, call, { precision }).output), want.output.values),
     );
     expect(high).toBeGreaterThan(2 * highest);
-    expect(medium).toBeGreaterThan(10 * high);
+    if (HOPPER) expect(medium).toBeGreaterThanOrEqual(high);
+    else expect(medium).toBeGreaterThan(10 * high);
   });
 });
 

@@ -183,6 +183,9 @@ const ARGUMENT = 4 * U;
 const LARGEST = 2 ** 126;
 const isBeyond = (size: number) => size > LARGEST && size < Infinity;
 
+/** Whether GPUs of compute capability 9.0 use kernels made for them. */
+export const HOPPER = process.env.SDPA_CUDA_HOPPER === '1';
+
 /**
  * What a product of two floats may be off by, relative, and exp with the rounding of its argument.
  *
@@ -191,11 +194,11 @@ const isBeyond = (size: number) => size > LARGEST && size < Infinity;
  * are 2 mid * lo < 2 * 2^-7 * 2^-15, and lo * lo; two leave out mid * mid < 2^-14 and twice what mid
  * is rounded by, 2^-7 * 2^-8; one is rounded itself, twice. Exponentials: 4 units in the last place;
  * with fewer terms the largest error over all floats is 2.9e-6 and 1.02e-4
- * (bench/results/precision.md).
+ * (bench/results/precision.md). The kernels for Hopper round operands to 11 bits.
  */
 const ARITHMETIC: Record<Precision, { product: number; exp: number }> = {
   highest: { product: 2 ** -21 + 2 ** -30, exp: 8 * U },
-  high: { product: 2 ** -13, exp: 2 ** -18 },
+  high: { product: HOPPER ? 2 ** -10 : 2 ** -13, exp: 2 ** -18 },
   medium: { product: 2 ** -7 + 2 ** -16, exp: 2 ** -13 },
 };
 /** Keys after which an online softmax may rescale its sums, by an exp. */
