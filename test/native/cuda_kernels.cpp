@@ -843,7 +843,73 @@ void check_outlier(uint32_t number, double factor) {
   check_forward(c, Reference(c));
 }
 
+/// Keys past their sequence's end, in a block of keys that every query sees otherwise: no gradient.
+void check_end_of_keys() {
+  Case c;
+  Problem& p = c.p;
+  p.batch = p.query_heads = p.kv_heads = 1;
+  p.query_length = 130;
+  p.key_length = 200;
+  p.head_dim = p.value_dim = 64;
+  p.type = p.key_type = Type::bfloat16;
+  p.precision = Precision::high;
+  p.scale = 0.125f;
+  p.window_left = p.window_right = -1;
+  c.lengths = {150};
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
+  c.query = Buffer(p.type, 130 * 64);
+  c.key = Buffer(p.type, 200 * 64);
+  c.value = Buffer(p.type, 200 * 64);
+  c.grad_output = Buffer(p.type, 130 * 64);
+  Random r(19);
+  for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
+  check_backward(c, Reference(c));
+}
+
+/// One key takes the whole weight of every row, by scores whose rounding alone is worth powers of
+/// e, or whose lse does not fit into units of log2. No weight is more than 1.
+void check_huge_scores(Precision precision, double size, bool exact) {
+  Case c;
+  Problem& p = c.p;
+  p.batch = p.query_heads = p.kv_heads = 1;
+  p.query_length = p.key_length = 40;
+  p.head_dim = p.value_dim = 64;
+  p.type = p.key_type = Type::bfloat16;
+  p.precision = precision;
+  p.scale = 1;
+  p.window_left = p.window_right = -1;
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
+  Random r(17);
+  for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) {
+    *b = Buffer(p.type, size_t{p.query_length} * p.head_dim);
+    r.fill(*b, 1);
+  }
+  for (uint32_t i = 0; i < p.query_length; ++i) {
+    c.query.set(i * p.head_dim, size * (1 + r.below(40) / 128.0));
+    c.key.set(i * p.head_dim, i == 0 ? 1.5 * 0x1p63 : 0);
+  }
+  Forward forward;
+  forward.run(c, false);
+  Backward grads;
+  grads.run(c, forward);
+  for (uint32_t d = 0; d < p.value_dim; ++d) {
+    double sum = 0, most = 0;
+    for (uint32_t i = 0; i < p.query_length; ++i) {
+      sum += c.grad_output.at(i * p.value_dim + d);
+      most += std::fabs(c.grad_output.at(i * p.value_dim + d));
+    }
+    const double got = grads.value.at(d), slack = 0x1p-8 * most;
+    if (exact ? std::fabs(got - sum) <= slack : std::fabs(got) <= most + slack) continue;
+    return fail(c, "a huge score: grad_value " + std::to_string(got));
+  }
+}
+
 void check_all_special() {
+  check_end_of_keys();
+  for (const Precision precision : {Precision::highest, Precision::high}) {
+    check_huge_scores(precision, 0x1p-34, false);
+    check_huge_scores(precision, 0x1p64, true);
+  }
   for (uint32_t number = 0; number < 3; ++number) check_outlier(number, 0x1p40);
 
   const double nan = std::nan("");
