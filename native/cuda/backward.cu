@@ -37,20 +37,24 @@ int start_delta(const BackwardCall& g, const DeviceLimits& limits, Stream stream
                stream);
 }
 
-/// Workspace of a call: a copy of grad_output, delta, and states of rows. The copy is first, as it
-/// has to be aligned.
+/// Workspace of a call, those first that have to be aligned.
 struct BackwardWorkspace {
-  size_t kept = 0, delta, states = 0, key_states = 0;  // in bytes
+  size_t query_sums = 0, kept = 0, delta, turns = 0, states = 0, key_states = 0;  // in bytes
 
   BackwardWorkspace(const Problem& p, const DeviceLimits& limits)
       : delta(size_t(rows_of_call(p)) * sizeof(float)) {
     if (!hopper_takes_backward(p, limits)) return;
     const bool keeps = p.dropout_p > 0 && p.dropout_placement == Placement::context;
     if (keeps) kept = output_size(p) * size_of(p.type);
+    const uint32_t width = std::max(p.head_dim, p.value_dim) <= 64 ? 64 : 128;
+    const size_t tiles =
+        size_t{p.batch} * p.query_heads * divide_up(p.query_length, kQuerySumsTile);
+    query_sums = tiles * kQuerySumsTile * width * sizeof(float);
+    turns = tiles * kQuerySumsTurns * sizeof(uint32_t);
     states = size_t(rows_of_call(p));
     key_states = size_t{p.batch} * p.kv_heads * p.key_length;
   }
-  size_t bytes() const { return kept + delta + states + key_states; }
+  size_t bytes() const { return query_sums + kept + delta + turns + states + key_states; }
 };
 
 int start_portable(const BackwardCall& g, const DeviceLimits& limits, Stream stream) {
@@ -115,12 +119,17 @@ int launch_backward(const Problem& p, const Inputs& inputs, const BackwardTensor
   g.forward.splits = g.forward.chunks = 1;
   g.tensors = tensors;
   const BackwardWorkspace sizes(p, limits);
-  unsigned char* const kept = static_cast<unsigned char*>(workspace);
-  RowState* const states = reinterpret_cast<RowState*>(kept + sizes.kept + sizes.delta);
-  g.delta = reinterpret_cast<float*>(kept + sizes.kept);
+  unsigned char* const kept = static_cast<unsigned char*>(workspace) + sizes.query_sums;
+  unsigned char* const delta = kept + sizes.kept;
+  unsigned char* const turns = delta + sizes.delta;
+  RowState* const states = reinterpret_cast<RowState*>(turns + sizes.turns);
+  g.delta = reinterpret_cast<float*>(delta);
   int error = start_delta(g, limits, stream);
   if (error == kSuccess) {
-    error = start_gradients(g, {kept, states, states + sizes.states}, limits, stream);
+    error = start_gradients(g,
+                            {kept, states, states + sizes.states, static_cast<float*>(workspace),
+                             reinterpret_cast<uint32_t*>(turns)},
+                            limits, stream);
   }
   if (error == kSuccess && tensors.grad_mask) error = start_mask_gradient(g, limits, stream);
   return error;

@@ -45,10 +45,15 @@ struct MappedTensor {
 // sync_group: the threads of a warpgroup meet. publish_writes: what this thread has written to
 // shared memory is there for products and copies that begin after a meeting.
 //
+// sync_consumers: the threads of all warpgroups but the producer's meet.
+//
+// wait_for_turn, give_turn: blocks do something in order, a counter in global memory saying whose
+// turn it is; one thread of those that write. add_four: to a place of this block's turn.
+//
 // Products are asynchronous: begin_products after registers that they use were written,
 // commit_products closes a group of them, wait_products<n> waits for all groups but the latest n.
 // Both operands of multiply_shared have their sixteen columns k side by side; operand B of
-// multiply_registers has rows k.
+// multiply_registers has rows k, both operands of multiply_shared_rows have.
 #if defined(__CUDACC__)
 #include "cuda/group_gpu.cuh"
 #else
@@ -89,9 +94,17 @@ struct PanelTile {
     return describe_matrix(data + step / 4 * panel_bytes() + row * kPanelRowBytes + step % 4 * 32,
                            16);
   }
-  /// Rows 16 * step on as the depth of a product, all columns.
-  SDPA_DEVICE uint64_t by_rows(uint32_t step) const {
-    return describe_matrix(data + step * 16 * kPanelRowBytes, panel_bytes());
+  /// Rows 16 * step on as the depth of a product, columns from `column` on.
+  SDPA_DEVICE uint64_t by_rows(uint32_t step, uint32_t column = 0) const {
+    return describe_matrix(data + column / kPanelColumns * panel_bytes() +
+                               step * 16 * kPanelRowBytes + 2 * (column % kPanelColumns),
+                           panel_bytes());
+  }
+  /// Two neighbours of a row, the first of an even column.
+  SDPA_DEVICE uint32_t* pair(uint32_t row, uint32_t column) const {
+    const uint32_t piece = column % kPanelColumns / 8 ^ row % 8;
+    return reinterpret_cast<uint32_t*>(data + column / kPanelColumns * panel_bytes() +
+                                       row * kPanelRowBytes + 16 * piece + 2 * (column % 8));
   }
 };
 

@@ -66,6 +66,11 @@ SDPA_DEVICE void sync_group() {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / kGroupThreads), "n"(kGroupThreads)
                : "memory");
 }
+/// Barrier 15: the first ones are those of sync_block and sync_group.
+template <uint32_t kThreads>
+SDPA_DEVICE void sync_consumers() {
+  asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
+}
 SDPA_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 SDPA_DEVICE void copy_panel(void* to, const TensorMap& map, Barrier* barrier, uint32_t column,
                             uint32_t row, uint32_t head, uint32_t b) {
@@ -85,6 +90,27 @@ SDPA_DEVICE void take_registers() {
 template <uint32_t kRegisters>
 SDPA_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ------------------------------------------------------------------------------------------- turns
+
+SDPA_DEVICE void wait_for_turn(const uint32_t* turn, uint32_t number) {
+  uint32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+  } while (now != number);
+}
+SDPA_DEVICE void give_turn(uint32_t* turn, uint32_t number) {
+  asm volatile(
+      "fence.acq_rel.gpu;\n"
+      "st.release.gpu.global.u32 [%0], %1;" ::"l"(turn),
+      "r"(number)
+      : "memory");
+}
+SDPA_DEVICE void add_four(float* to, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 
 // ---------------------------------------------------------------------------------------- products
@@ -126,6 +152,7 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
 #define SDPA_SUMS_8(c, j) SDPA_SUMS_4(c, j), SDPA_SUMS_4(c, j + 4)
 #define SDPA_SUMS_16(c, j) SDPA_SUMS_8(c, j), SDPA_SUMS_8(c, j + 8)
 #define SDPA_SUMS_32(c, j) SDPA_SUMS_16(c, j), SDPA_SUMS_16(c, j + 16)
+#define SDPA_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SDPA_LIST_32                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -145,11 +172,12 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
   "%127"
 
 // Of `tiles` tiles of eight columns, `registers` = 4 * tiles; then the numbers of the operands.
-#define SDPA_PRODUCT_OF_SHARED(type, columns, tiles, registers, a, b, add)           \
+#define SDPA_PRODUCT_OF_SHARED(type, by_rows, columns, tiles, registers, a, b, add)  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                             \
                ", 0;\n"                                                              \
                "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
-               " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"   \
+               " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, " by_rows    \
+               ", " by_rows ";\n}"                                                   \
                : SDPA_SUMS_##tiles(sums, 0)                                          \
                : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)))
 #define SDPA_PRODUCT_OF_REGISTERS(type, columns, tiles, registers, a0, a1, a2, a3, b, add)    \
@@ -172,9 +200,20 @@ SDPA_DEVICE void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, ui
                                  bool adds) {
   static_assert(kTiles == 8 || kTiles == 16);
   if constexpr (kTiles == 8) {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, 64, 8, 32, 32, 33, 34)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "0", 64, 8, 32, 32, 33, 34)
   } else {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, 128, 16, 64, 64, 65, 66)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "0", 128, 16, 64, 64, 65, 66)
+  }
+}
+
+template <Half kHalf, int kTiles>
+SDPA_DEVICE void multiply_shared_rows(float (&sums)[kTiles][4], uint64_t a_matrix,
+                                      uint64_t b_matrix, bool adds) {
+  static_assert(kTiles == 4 || kTiles == 8);
+  if constexpr (kTiles == 4) {
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "1", 32, 4, 16, 16, 17, 18)
+  } else {
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "1", 64, 8, 32, 32, 33, 34)
   }
 }
 
@@ -196,6 +235,7 @@ SDPA_DEVICE void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a
 #undef SDPA_SUMS_8
 #undef SDPA_SUMS_16
 #undef SDPA_SUMS_32
+#undef SDPA_LIST_16
 #undef SDPA_LIST_32
 #undef SDPA_LIST_64
 #undef SDPA_LIST_128

@@ -1,5 +1,5 @@
 // Starts the backward kernels of hopper_backward.cuh; compiled for compute capability 9.0a alone.
-#include "cuda/hopper_backward.cuh"
+#include "cuda/hopper_backward_joint.cuh"
 #include "cuda/launch.cuh"
 
 namespace sdpa::cuda {
@@ -54,37 +54,41 @@ int start_keep(const BackwardCall& g, void* kept_grad_output, const DeviceLimits
 /// The tensors of the call: query, grad_output, key, value.
 using Tensors = MappedTensor[4];
 
-/// Starts one of the kernels; `first` is the first of the two tensors whose rows blocks own.
+/// Maps the tensors of a kernel; `first` is the first of the two whose rows blocks own.
 template <typename S>
-int start_kernel(void (*kernel)(HopperBackwardCall), const BackwardCall& g, const Tensors& tensors,
-                 int first, RowState* states, uint64_t blocks, const DeviceLimits& limits,
-                 Stream stream) {
-  if (blocks > 0x7fffffff) return kInvalidConfiguration;
-  HopperBackwardCall h{g, {}, {}, {}, {}, states};
+int map_sides(const Tensors& tensors, int first, HopperBackwardCall& h) {
   TensorMap* const maps[4] = {&h.owned, &h.owned_values, &h.tile, &h.tile_values};
   for (int i = 0; i < 4; ++i) {
     const int error = make_map(tensors[(first + i) % 4], i < 2 ? S::kRows : S::kTile, maps[i]);
     if (error != kSuccess) return error;
   }
-  return start(kernel, {uint32_t(blocks), 1, 1}, S::kThreads, S::kSharedBytes, h, limits.sm,
-               stream);
+  return kSuccess;
 }
 
 template <Half kHalf, int kWidth>
 int start_width(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
                 const DeviceLimits& limits, Stream stream) {
-  using Queries = HopperBackwardShape<kHalf, kWidth, kWidth == 64 ? 128 : 64>;
-  using Keys = HopperBackwardShape<kHalf, kWidth, 64>;
+  using S = HopperJointShape<kHalf, kWidth>;
+  static_assert(S::kTile == kQuerySumsTile && S::kGroups == kQuerySumsTurns);
   const Problem& p = g.forward.call.problem;
-  g.forward.row_blocks = divide_up(p.query_length, Queries::kRows);
-  g.key_blocks = divide_up(p.key_length, Keys::kRows);
+  g.key_blocks = divide_up(p.key_length, S::kRows);
   g.chunks = 1;
-  const int error =
-      start_kernel<Queries>(hopper_query_gradients<Queries>, g, tensors, 0, workspace.states,
-                            uint64_t{g.forward.row_blocks} * g.forward.units, limits, stream);
+  HopperJointCall h{{g, {}, {}, {}, {}, workspace.key_states},
+                    {workspace.query_sums, workspace.turns, divide_up(p.query_length, S::kTile)},
+                    workspace.states};
+  int error = map_sides<S>(tensors, 2, h.sides);
   if (error != kSuccess) return error;
-  return start_kernel<Keys>(hopper_key_gradients<Keys>, g, tensors, 2, workspace.key_states,
-                            uint64_t{g.key_blocks} * p.kv_heads * p.batch, limits, stream);
+  const uint64_t tiles = uint64_t{h.query.tiles} * g.forward.units, turns = tiles * S::kGroups;
+  const uint64_t blocks = uint64_t{g.key_blocks} * p.kv_heads * p.batch;
+  if (std::max(turns, blocks) > 0x7fffffff) return kInvalidConfiguration;
+  error = start(clear_turns, {divide_up(uint32_t(turns), kGroupThreads), 1, 1}, kGroupThreads, 0,
+                Turns{h.query.turns, uint32_t(turns)}, limits.sm, stream);
+  if (error != kSuccess) return error;
+  error = start(hopper_joint_gradients<S>, {uint32_t(blocks), 1, 1}, S::kThreads, S::kSharedBytes,
+                h, limits.sm, stream);
+  if (error != kSuccess) return error;
+  return start(store_query_sums<S>, {uint32_t(tiles), 1, 1}, kGroupThreads, 0, h, limits.sm,
+               stream);
 }
 
 template <Half kHalf>

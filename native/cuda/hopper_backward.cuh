@@ -335,6 +335,17 @@ struct KeyGradients {
   float key[S::kWidth / 8][4], value[S::kWidth / 8][4];
 };
 
+/// Decisions for the warp's keys from `first_key` on and a tile of queries.
+template <typename S>
+SDPA_DEVICE KeepTransposed<S::kTile / 8> draw_queries(const Call& call, const KeyBlock& k,
+                                                      HeadRows tile, uint32_t first_key) {
+  return KeepTransposed<S::kTile / 8>::exchange([&](uint32_t column, uint32_t half) {
+    const uint32_t query = tile.row + column, last = call.problem.query_length - 1;
+    const uint32_t key = dropout_column(call, first_key + 8 * half);
+    return drawn_group(call, k.b, tile.head, query < last ? query : last, key / kDecisionsPerCall);
+  });
+}
+
 /// Runs over the tiles of queries, for the warp's keys from `warp_key` of the block on. Scores are
 /// transposed: rows are keys.
 template <typename S>
@@ -376,14 +387,7 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
     wait_for(tiles.values_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
                                           grads);
-    if (drops_scores || drops_weights) {
-      keep = KeepTransposed<S::kTile / 8>::exchange([&](uint32_t column, uint32_t half) {
-        const uint32_t query = from.row + column, last = p.query_length - 1;
-        const uint32_t key = dropout_column(call, first_key + 8 * half);
-        return drawn_group(call, k.b, from.head, query < last ? query : last,
-                           key / kDecisionsPerCall);
-      });
-    }
+    if (drops_scores || drops_weights) keep = draw_queries<S>(call, k, from, first_key);
     wait_products<1>();
     hold(weights);
     const auto shift = [&](int j, int e) {
@@ -418,24 +422,54 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
   hold(sums.value);
 }
 
+/// By the producer's warpgroup.
+template <typename S>
+SDPA_DEVICE void bring_queries(const HopperBackwardCall& h, const HopperBackwardTiles<S>& tiles,
+                               const KeyBlock& k, const QueryTiles& queries) {
+  if (thread_index() == 0 && queries.count > 0) {
+    bring_sides(h, tiles, k.b, {k.kv_head, k.first_key}, queries.count,
+                [&](uint32_t i) { return queries.at(i, S::kTile); });
+  } else if (warp_index() == 1) {
+    bring_sums(h.backward, k, tiles, queries);
+  }
+}
+
+/// Writes the gradients of the warp's keys and values, and their states.
+template <typename S>
+SDPA_DEVICE void store_key_gradients(const HopperBackwardCall& h, const KeyBlock& k,
+                                     uint32_t warp_key, const KeyGradients<S>& sums) {
+  const BackwardCall& g = h.backward;
+  const Call& call = g.forward.call;
+  const Problem& p = call.problem;
+  const auto row_of = [&](uint32_t width) {
+    return [&, width](int half) {
+      const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
+      if (key >= p.key_length) return int64_t{-1};
+      return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
+    };
+  };
+  store_gradient(p.type, g.tensors.grad_key, 0, p.head_dim, p.scale, sums.key, row_of(p.head_dim));
+  store_gradient(p.type, g.tensors.grad_value, 0, p.value_dim, call.rescale() / S::kRaise,
+                 sums.value, row_of(p.value_dim));
+  SDPA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
+    store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
+                k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
+  }
+}
+
 template <typename S>
 SDPA_KERNEL(S::kThreads, 1)
 hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
   const BackwardCall& g = h.backward;
-  const Call& call = g.forward.call;
-  const Problem& p = call.problem;
   const KeyBlock k = key_block(g, block_index().x, S::kRows, S::kWidth);
   const HopperBackwardTiles<S> tiles{shared_memory()};
-  const QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
+  const QueryTiles queries = QueryTiles::of(g.forward.call.problem, k, S::kRows, S::kTile);
   tiles.init(kLanes);
   if (group_index() == 0) {
     give_registers<S::kProducerRegisters>();
-    if (thread_index() == 0 && queries.count > 0) {
-      bring_sides(h, tiles, k.b, {k.kv_head, k.first_key}, queries.count,
-                  [&](uint32_t i) { return queries.at(i, S::kTile); });
-    } else if (warp_index() == 1) {
-      bring_sums(g, k, tiles, queries);
-    }
+    bring_queries(h, tiles, k, queries);
   } else {
     take_registers<S::kRegisters>();
     const uint32_t warp_key = (warp_index() - 4) * 16;
@@ -443,23 +477,7 @@ hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
     clear(sums.key);
     clear(sums.value);
     if (queries.count > 0) sum_queries(g, k, tiles, queries, warp_key, sums);
-    const auto row_of = [&](uint32_t width) {
-      return [&, width](int half) {
-        const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
-        if (key >= p.key_length) return int64_t{-1};
-        return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
-      };
-    };
-    store_gradient(p.type, g.tensors.grad_key, 0, p.head_dim, p.scale, sums.key,
-                   row_of(p.head_dim));
-    store_gradient(p.type, g.tensors.grad_value, 0, p.value_dim, call.rescale() / S::kRaise,
-                   sums.value, row_of(p.value_dim));
-    SDPA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
-      store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
-                  k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
-    }
+    store_key_gradients(h, k, warp_key, sums);
   }
 }
 

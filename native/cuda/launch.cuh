@@ -82,7 +82,10 @@ struct HopperBackwardWorkspace {
   void* kept_grad_output;  // as grad_output, if dropout is of the context
   RowState* states;        // as ForwardCall's
   RowState* key_states;    // as BackwardCall's
+  float* query_sums;       // of grad_query in float32, rows and columns as the kernels round them up
+  uint32_t* turns;         // kQuerySumsTurns for each tile of kQuerySumsTile queries of a head
 };
+constexpr uint32_t kQuerySumsTile = 64, kQuerySumsTurns = 2;
 
 /// The same for gradients.
 int start_hopper_backward(const BackwardCall& g, const HopperBackwardWorkspace& workspace,

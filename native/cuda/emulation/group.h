@@ -34,7 +34,21 @@ inline void wait_for(Barrier* barrier, uint32_t parity) { emulation::wait_for(ba
 inline void sync_group() {
   emulation::meet_group([](void* const*) {}, nullptr);
 }
+template <uint32_t kThreads>
+inline void sync_consumers() {
+  emulation::meet_consumers(kThreads);
+}
 inline void publish_writes() {}
+
+/// Blocks run one after the other.
+inline void wait_for_turn(const uint32_t* turn, uint32_t number) {
+  if (*turn != number) emulation::fail("a block waits for one that comes after it");
+}
+inline void give_turn(uint32_t* turn, uint32_t number) { *turn = number; }
+inline void add_four(float* to, const float (&x)[4]) {
+  emulation::check_aligned(to, 16);
+  for (int i = 0; i < 4; ++i) to[i] += x[i];
+}
 
 namespace emulation {
 /// Where the swizzle puts the byte at an offset in shared memory.
@@ -85,7 +99,7 @@ struct GroupProduct {
   const uint32_t* a[kGroupThreads];  // [4] each, where operand A is in registers
   uint64_t a_matrix, b_matrix;
   uint32_t tiles;
-  bool adds, a_in_registers;
+  bool adds, a_in_registers, by_rows;  // of B, and of A where it is in shared memory
   const unsigned char* shared;
   float (*widen)(uint16_t);
 
@@ -103,7 +117,7 @@ struct GroupProduct {
                    2 * k);
   }
   /// Of one whose rows are k.
-  float by_rows(uint64_t matrix, uint32_t k, uint32_t column) const {
+  float by_depth(uint64_t matrix, uint32_t k, uint32_t column) const {
     return element(field(matrix, 0) + column / 64 * field(matrix, 16) + k / 8 * field(matrix, 32) +
                    k % 8 * kPanelRowBytes + 2 * (column % 64));
   }
@@ -115,13 +129,14 @@ struct GroupProduct {
         const uint32_t lane = row / 16 * kLanes + row % 8 * 4 + k % 8 / 2;
         const uint32_t i = row % 16 / 8 + 2 * (k / 8);
         a[row * 16 + k] = a_in_registers ? widen(uint16_t(this->a[lane][i] >> (16 * (k % 2))))
-                                         : by_columns(a_matrix, row, k);
+                       : by_rows      ? by_depth(a_matrix, k, row)
+                                      : by_columns(a_matrix, row, k);
       }
     }
     const uint32_t columns = 8 * tiles;
     for (uint32_t k = 0; k < 16; ++k) {
       for (uint32_t n = 0; n < columns; ++n) {
-        b[k * columns + n] = a_in_registers ? by_rows(b_matrix, k, n) : by_columns(b_matrix, n, k);
+        b[k * columns + n] = by_rows ? by_depth(b_matrix, k, n) : by_columns(b_matrix, n, k);
       }
     }
     for (uint32_t row = 0; row < 64; ++row) {
@@ -142,7 +157,7 @@ struct GroupOperands {
   const uint32_t* a;  // or null
   uint64_t a_matrix, b_matrix;
   uint32_t tiles;
-  bool adds;
+  bool adds, by_rows;
 
   template <float (*kWiden)(uint16_t)>
   static void complete(void* const* threads) {
@@ -153,6 +168,7 @@ struct GroupOperands {
     product->tiles = first.tiles;
     product->adds = first.adds;
     product->a_in_registers = first.a != nullptr;
+    product->by_rows = first.by_rows;
     product->shared = place().shared;
     product->widen = kWiden;
     for (uint32_t i = 0; i < kGroupThreads; ++i) {
@@ -186,14 +202,21 @@ template <Half kHalf, int kTiles>
 inline void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
                             bool adds) {
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], nullptr, a_matrix, b_matrix, kTiles, adds});
+  emulation::meet_for_product<kWiden>({sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, false});
+}
+
+template <Half kHalf, int kTiles>
+inline void multiply_shared_rows(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
+                                 bool adds) {
+  constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
+  emulation::meet_for_product<kWiden>({sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, true});
 }
 
 template <Half kHalf, int kTiles>
 inline void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4], uint64_t b_matrix,
                                bool adds) {
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], a, 0, b_matrix, kTiles, adds});
+  emulation::meet_for_product<kWiden>({sums[0], a, 0, b_matrix, kTiles, adds, true});
 }
 
 }  // namespace sdpa::cuda

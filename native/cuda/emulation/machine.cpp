@@ -30,7 +30,7 @@ struct Copy {
   bool valid;
 };
 
-enum class State { runnable, in_warp, in_group, in_block, at_barrier, done };
+enum class State { runnable, in_warp, in_group, in_block, in_consumers, at_barrier, done };
 
 struct Thread {
   Fiber fiber;
@@ -83,7 +83,7 @@ struct Machine {
   std::vector<Delivery> deliveries;
   std::minstd_rand random;
   Fiber host;
-  unsigned count = 0, current = 0, in_block = 0;
+  unsigned count = 0, current = 0, in_block = 0, in_consumers = 0;
   bool vote = false, result = false;
   int capability = 0;
   void (*kernel)(const void*) = nullptr;
@@ -233,7 +233,7 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
           t.fiber.prepare(thread_main);
         }
         m.current = 0;
-        m.in_block = 0;
+        m.in_block = m.in_consumers = 0;
         m.vote = false;
         Fiber::change(m.host, m.threads[0]->fiber);
       }
@@ -252,6 +252,22 @@ void meet_group(Complete complete, void* operands) {
   const unsigned first = m.current / kGroup * kGroup;
   if (first + kGroup > m.count) fail("a warpgroup is of four warps");
   m.meet(m.group().meeting, first, kGroup, State::in_group, complete, operands);
+}
+
+void meet_consumers(unsigned count) {
+  Machine& m = machine();
+  if (m.current < m.count - count) fail("a thread that is none of the consumers");
+  if (++m.in_consumers < count) {
+    m.self().state = State::in_consumers;
+    return m.pass_on();
+  }
+  m.in_consumers = 0;
+  for (unsigned i = m.count - count; i < m.count; ++i) {
+    if (i != m.current && m.threads[i]->state != State::in_consumers) {
+      fail("a barrier that not all consumers reach");
+    }
+    m.threads[i]->state = State::runnable;
+  }
 }
 
 void issue(std::function<void()> work) { machine().group().issued.push_back(std::move(work)); }

@@ -45,6 +45,9 @@ void meet_warp(Complete complete, void* operands);
 /// The same for a warpgroup, threads 128 * n on.
 void meet_group(Complete complete, void* operands);
 
+/// Meets the last `count` threads of the block.
+void meet_consumers(unsigned count);
+
 /// Work of a warpgroup, begun but not awaited: closed in groups, run by those who wait for them.
 /// The last of a warpgroup calls these, from `complete`.
 void issue(std::function<void()> work);
