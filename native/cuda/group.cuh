@@ -19,6 +19,9 @@ constexpr uint32_t kPanelRowBytes = 128;
 
 using Barrier = uint64_t;  // in shared memory
 
+/// What of a tile a product sums over; as instructions encode it.
+enum class Depth { columns = 0, rows = 1 };
+
 /// A tensor of 16-bit elements as the copy engine sees it: [batch, head, row, column], the sizes
 /// and the distances (in bytes, of all but columns) from the last to the first.
 struct MappedTensor {
@@ -52,8 +55,8 @@ struct MappedTensor {
 //
 // Products are asynchronous: begin_products after registers that they use were written,
 // commit_products closes a group of them, wait_products<n> waits for all groups but the latest n.
-// Both operands of multiply_shared have their sixteen columns k side by side; operand B of
-// multiply_registers has rows k, both operands of multiply_shared_rows have.
+// The sixteen k of an operand of multiply_shared are columns or rows of its tile; operand B of
+// multiply_registers has rows k.
 #if defined(__CUDACC__)
 #include "cuda/group_gpu.cuh"
 #else
@@ -115,7 +118,8 @@ SDPA_DEVICE void multiply_by_columns(const PanelTile& rows, uint32_t row, const 
                                      bool adds, float (&products)[kTiles][4]) {
   SDPA_UNROLL
   for (uint32_t s = 0; s < kWidth / 16; ++s) {
-    multiply_shared<kHalf>(products, rows.by_columns(row, s), tile.by_columns(0, s), adds || s > 0);
+    multiply_shared<kHalf, Depth::columns, Depth::columns>(products, rows.by_columns(row, s),
+                                                           tile.by_columns(0, s), adds || s > 0);
   }
 }
 

@@ -172,14 +172,15 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
   "%127"
 
 // Of `tiles` tiles of eight columns, `registers` = 4 * tiles; then the numbers of the operands.
-#define SDPA_PRODUCT_OF_SHARED(type, by_rows, columns, tiles, registers, a, b, add)  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                             \
-               ", 0;\n"                                                              \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type \
-               " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, " by_rows    \
-               ", " by_rows ";\n}"                                                   \
-               : SDPA_SUMS_##tiles(sums, 0)                                          \
-               : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)))
+#define SDPA_PRODUCT_OF_SHARED(type, columns, tiles, registers, a, b, add, rows_a, rows_b)     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                       \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type           \
+               " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, %" #rows_a ", %" #rows_b \
+               ";\n}"                                                                          \
+               : SDPA_SUMS_##tiles(sums, 0)                                                    \
+               : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)), "n"(int(kDepthA)),              \
+                 "n"(int(kDepthB)))
 #define SDPA_PRODUCT_OF_REGISTERS(type, columns, tiles, registers, a0, a1, a2, a3, b, add)    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                      \
                ", 0;\n"                                                                       \
@@ -195,25 +196,16 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
     product("bf16", __VA_ARGS__);         \
   }
 
-template <Half kHalf, int kTiles>
+template <Half kHalf, Depth kDepthA, Depth kDepthB, int kTiles>
 SDPA_DEVICE void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
                                  bool adds) {
-  static_assert(kTiles == 8 || kTiles == 16);
-  if constexpr (kTiles == 8) {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "0", 64, 8, 32, 32, 33, 34)
-  } else {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "0", 128, 16, 64, 64, 65, 66)
-  }
-}
-
-template <Half kHalf, int kTiles>
-SDPA_DEVICE void multiply_shared_rows(float (&sums)[kTiles][4], uint64_t a_matrix,
-                                      uint64_t b_matrix, bool adds) {
-  static_assert(kTiles == 4 || kTiles == 8);
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16);
   if constexpr (kTiles == 4) {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "1", 32, 4, 16, 16, 17, 18)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, 32, 4, 16, 16, 17, 18, 19, 20)
+  } else if constexpr (kTiles == 8) {
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, 64, 8, 32, 32, 33, 34, 35, 36)
   } else {
-    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, "1", 64, 8, 32, 32, 33, 34)
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_SHARED, 128, 16, 64, 64, 65, 66, 67, 68)
   }
 }
 

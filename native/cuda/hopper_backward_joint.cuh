@@ -91,7 +91,7 @@ SDPA_DEVICE void store_operand(const uint32_t (&operand)[kSteps][1][4], uint32_t
   }
 }
 
-/// sums = transposed score gradients . keys, for a warpgroup's columns, begun.
+/// query_sums = score gradients . keys, for a warpgroup's columns, begun; rows of `grads` are keys.
 template <typename S>
 SDPA_DEVICE void begin_query_sums(const PanelTile& grads, const PanelTile& keys, uint32_t group,
                                   float (&sums)[S::kQueryColumns / 8][4]) {
@@ -99,8 +99,22 @@ SDPA_DEVICE void begin_query_sums(const PanelTile& grads, const PanelTile& keys,
   begin_products();
   SDPA_UNROLL
   for (uint32_t s = 0; s < S::kRows / 16; ++s) {
-    multiply_shared_rows<S::kHalf>(sums, grads.by_rows(s),
-                                   keys.by_rows(s, group * S::kQueryColumns), s > 0);
+    multiply_shared<S::kHalf, Depth::rows, Depth::rows>(
+        sums, grads.by_rows(s), keys.by_rows(s, group * S::kQueryColumns), s > 0);
+  }
+  commit_products();
+}
+
+/// sums += rows `row` to row + 63 of `grads` . queries, begun.
+template <typename S>
+SDPA_DEVICE void begin_key_sums(const PanelTile& grads, uint32_t row, const PanelTile& queries,
+                                float (&sums)[S::kWidth / 8][4]) {
+  hold(sums);
+  begin_products();
+  SDPA_UNROLL
+  for (uint32_t s = 0; s < S::kTile / 16; ++s) {
+    multiply_shared<S::kHalf, Depth::columns, Depth::rows>(sums, grads.by_columns(row, s),
+                                                           queries.by_rows(s), true);
   }
   commit_products();
 }
@@ -118,6 +132,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
   const float scale = p.scale * kLog2E, rescale = call.rescale() * (1 / S::kRaise);
   const bool drops_scores = call.drops(Placement::scores);
   const bool drops_weights = call.drops(Placement::weights);
+  const bool draws = drops_scores || drops_weights;
   const uint32_t group = warp_key / S::kGroupRows, group_key = group * S::kGroupRows;
   const uint32_t first_key = k.first_key + warp_key;
   KeyRange seen[2];
@@ -134,28 +149,24 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
   clear(weights);
   clear(grads);
   clear(query_sums);
+  const auto begin_scores = [&](uint32_t i) {
+    const uint32_t stage = i % S::kStages;
+    wait_for(tiles.tile_full(stage), i / S::kStages % 2);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
+  };
   wait_for(tiles.owned_full(), 0);
+  begin_scores(0);
+  if (draws) keep = draw_queries<S>(call, k, queries.at(0, S::kTile), first_key);
+  wait_products<0>();
+  hold(weights);
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < queries.count; ++i) {
     const uint32_t stage = i % S::kStages, parity = i / S::kStages % 2;
     const HeadRows from = queries.at(i, S::kTile);
     const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
-    wait_for(tiles.tile_full(stage), parity);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
-    wait_products<1>();  // all gradients'
-    hold(sums.key);
-    hold(sums.value);
-    hold(query_sums);
-    if (i > 0) {
-      release(tiles.stage_free((i - 1) % S::kStages));
-      add_in_turn<S>(h, k, queries.at(i - 1, S::kTile), group, query_sums);
-    }
     wait_for(tiles.values_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
                                           grads);
-    if (drops_scores || drops_weights) keep = draw_queries<S>(call, k, from, first_key);
-    wait_products<1>();
-    hold(weights);
     const auto shift = [&](int j, int e) {
       return from_bits(load_vector(row_sums + 4 * j).w[e % 2]);
     };
@@ -183,17 +194,26 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     to_operand<S::kHalf>(grads, grad_operand);
     const PanelTile shared_grads{tiles.shared + S::kGradsAt + i % 2 * S::kGradBytes, S::kRows};
     store_operand(grad_operand, warp_key, shared_grads);
-    begin_by_rows<S::kHalf>(grad_operand, tiles.tile(stage), sums.key);
+    wait_products<0>();
+    hold(sums.value);
     publish_writes();
-    // Whoever comes here has waited for its products of the tile before last.
+    // Whoever comes here has waited for its products of the tile before.
     sync_consumers<S::kGroups * kGroupThreads>();
     begin_query_sums<S>(shared_grads, tiles.owned(), group, query_sums);
+    begin_key_sums<S>(shared_grads, group_key, tiles.tile(stage), sums.key);
+    // Without a branch, in which the compiler would lose sight of products: the last scores are
+    // multiplied once more.
+    const uint32_t next = i + 1 < queries.count ? i + 1 : i;
+    begin_scores(next);
+    wait_products<2>();
+    hold(query_sums);
+    add_in_turn<S>(h, k, from, group, query_sums);
+    if (draws) keep = draw_queries<S>(call, k, queries.at(next, S::kTile), first_key);
+    wait_products<0>();
+    hold(sums.key);
+    hold(weights);
+    release(tiles.stage_free(stage));
   }
-  wait_products<0>();
-  hold(sums.key);
-  hold(sums.value);
-  hold(query_sums);
-  add_in_turn<S>(h, k, queries.at(queries.count - 1, S::kTile), group, query_sums);
 }
 
 template <typename S>

@@ -843,24 +843,25 @@ void check_outlier(uint32_t number, double factor) {
   check_forward(c, Reference(c));
 }
 
-/// Keys past their sequence's end, in a block of keys that every query sees otherwise: no gradient.
-void check_end_of_keys() {
+/// Gradients of a call for Hopper's kernels, which `change` changes.
+template <typename Change>
+void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change) {
   Case c;
   Problem& p = c.p;
   p.batch = p.query_heads = p.kv_heads = 1;
-  p.query_length = 130;
-  p.key_length = 200;
+  p.query_length = queries;
+  p.key_length = keys;
   p.head_dim = p.value_dim = 64;
   p.type = p.key_type = Type::bfloat16;
   p.precision = Precision::high;
   p.scale = 0.125f;
   p.window_left = p.window_right = -1;
-  c.lengths = {150};
+  change(c);
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
-  c.query = Buffer(p.type, 130 * 64);
-  c.key = Buffer(p.type, 200 * 64);
-  c.value = Buffer(p.type, 200 * 64);
-  c.grad_output = Buffer(p.type, 130 * 64);
+  c.query = Buffer(p.type, queries * 64);
+  c.key = Buffer(p.type, keys * 64);
+  c.value = Buffer(p.type, keys * 64);
+  c.grad_output = Buffer(p.type, queries * 64);
   Random r(19);
   for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
   check_backward(c, Reference(c));
@@ -905,7 +906,15 @@ void check_huge_scores(Precision precision, double size, bool exact) {
 }
 
 void check_all_special() {
-  check_end_of_keys();
+  // Keys past their sequence's end, in a block of keys that every query sees otherwise.
+  check_hopper_backward(130, 200, [](Case& c) { c.lengths = {150}; });
+  // A tile of queries that see no key, in a workspace full of large numbers, and tiles whose first
+  // keys are not those of the first block.
+  check_hopper_backward(400, 402, [](Case& c) {
+    c.p.is_causal = 1;
+    c.p.causal_offset = -80;
+    c.p.window_left = 60;
+  });
   for (const Precision precision : {Precision::highest, Precision::high}) {
     check_huge_scores(precision, 0x1p-34, false);
     check_huge_scores(precision, 0x1p64, true);

@@ -99,7 +99,8 @@ struct GroupProduct {
   const uint32_t* a[kGroupThreads];  // [4] each, where operand A is in registers
   uint64_t a_matrix, b_matrix;
   uint32_t tiles;
-  bool adds, a_in_registers, by_rows;  // of B, and of A where it is in shared memory
+  bool adds, a_in_registers;
+  Depth depth_a, depth_b;
   const unsigned char* shared;
   float (*widen)(uint16_t);
 
@@ -111,15 +112,12 @@ struct GroupProduct {
   static uint32_t field(uint64_t matrix, int shift) {
     return uint32_t(matrix >> shift & 0x3fff) * 16;
   }
-  /// Of a matrix whose columns k are side by side.
-  float by_columns(uint64_t matrix, uint32_t row, uint32_t k) const {
-    return element(field(matrix, 0) + row / 8 * field(matrix, 32) + row % 8 * kPanelRowBytes +
-                   2 * k);
-  }
-  /// Of one whose rows are k.
-  float by_depth(uint64_t matrix, uint32_t k, uint32_t column) const {
-    return element(field(matrix, 0) + column / 64 * field(matrix, 16) + k / 8 * field(matrix, 32) +
-                   k % 8 * kPanelRowBytes + 2 * (column % 64));
+  /// Element k of row or column i.
+  float at(uint64_t matrix, Depth depth, uint32_t i, uint32_t k) const {
+    const uint32_t row = depth == Depth::columns ? i : k;
+    const uint32_t column = depth == Depth::columns ? k : i;
+    return element(field(matrix, 0) + column / 64 * field(matrix, 16) +
+                   row / 8 * field(matrix, 32) + row % 8 * kPanelRowBytes + 2 * (column % 64));
   }
 
   void run() const {
@@ -129,14 +127,13 @@ struct GroupProduct {
         const uint32_t lane = row / 16 * kLanes + row % 8 * 4 + k % 8 / 2;
         const uint32_t i = row % 16 / 8 + 2 * (k / 8);
         a[row * 16 + k] = a_in_registers ? widen(uint16_t(this->a[lane][i] >> (16 * (k % 2))))
-                       : by_rows      ? by_depth(a_matrix, k, row)
-                                      : by_columns(a_matrix, row, k);
+                                         : at(a_matrix, depth_a, row, k);
       }
     }
     const uint32_t columns = 8 * tiles;
     for (uint32_t k = 0; k < 16; ++k) {
       for (uint32_t n = 0; n < columns; ++n) {
-        b[k * columns + n] = by_rows ? by_depth(b_matrix, k, n) : by_columns(b_matrix, n, k);
+        b[k * columns + n] = at(b_matrix, depth_b, n, k);
       }
     }
     for (uint32_t row = 0; row < 64; ++row) {
@@ -157,7 +154,8 @@ struct GroupOperands {
   const uint32_t* a;  // or null
   uint64_t a_matrix, b_matrix;
   uint32_t tiles;
-  bool adds, by_rows;
+  bool adds;
+  Depth depth_a, depth_b;
 
   template <float (*kWiden)(uint16_t)>
   static void complete(void* const* threads) {
@@ -168,7 +166,8 @@ struct GroupOperands {
     product->tiles = first.tiles;
     product->adds = first.adds;
     product->a_in_registers = first.a != nullptr;
-    product->by_rows = first.by_rows;
+    product->depth_a = first.depth_a;
+    product->depth_b = first.depth_b;
     product->shared = place().shared;
     product->widen = kWiden;
     for (uint32_t i = 0; i < kGroupThreads; ++i) {
@@ -198,25 +197,20 @@ inline void wait_products() {
   emulation::meet_group([](void* const*) { emulation::run_issued(kLeft); }, nullptr);
 }
 
-template <Half kHalf, int kTiles>
+template <Half kHalf, Depth kDepthA, Depth kDepthB, int kTiles>
 inline void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
                             bool adds) {
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, false});
-}
-
-template <Half kHalf, int kTiles>
-inline void multiply_shared_rows(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
-                                 bool adds) {
-  constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, true});
+  emulation::meet_for_product<kWiden>(
+      {sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, kDepthA, kDepthB});
 }
 
 template <Half kHalf, int kTiles>
 inline void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4], uint64_t b_matrix,
                                bool adds) {
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
-  emulation::meet_for_product<kWiden>({sums[0], a, 0, b_matrix, kTiles, adds, true});
+  emulation::meet_for_product<kWiden>(
+      {sums[0], a, 0, b_matrix, kTiles, adds, Depth::columns, Depth::rows});
 }
 
 }  // namespace sdpa::cuda

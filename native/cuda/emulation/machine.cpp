@@ -84,6 +84,7 @@ struct Machine {
   std::minstd_rand random;
   Fiber host;
   unsigned count = 0, current = 0, in_block = 0, in_consumers = 0;
+  unsigned favoured = 0;  // the first thread of the warpgroup that runs whenever it can
   bool vote = false, result = false;
   int capability = 0;
   void (*kernel)(const void*) = nullptr;
@@ -98,15 +99,16 @@ struct Machine {
     Fiber::change(from.fiber, threads[next]->fiber);
   }
 
-  /// Goes on with another thread that can run: one of this warp if there is one.
+  /// Goes on with another thread that can run: one of this warp if there is one. One warpgroup gets
+  /// as far ahead as it can: who relies on others must wait for them.
   void pass_on() {
     const unsigned warp = current / kLanes * kLanes;
     for (unsigned i = 1; i < kLanes; ++i) {
       const unsigned next = warp + (current + i) % kLanes;
       if (threads[next]->state == State::runnable) return switch_to(next);
     }
-    for (unsigned i = 1; i < count; ++i) {
-      const unsigned next = (current + i) % count;
+    for (unsigned i = 0; i < count; ++i) {
+      const unsigned next = (favoured + i) % count;
       if (threads[next]->state == State::runnable) return switch_to(next);
     }
     if (!deliveries.empty()) {
@@ -234,6 +236,7 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
         }
         m.current = 0;
         m.in_block = m.in_consumers = 0;
+        m.favoured = unsigned(m.random() % m.groups.size()) * kGroup;
         m.vote = false;
         Fiber::change(m.host, m.threads[0]->fiber);
       }
