@@ -46,11 +46,12 @@ struct BackwardWorkspace {
     if (!hopper_takes_backward(p, limits)) return;
     const bool keeps = p.dropout_p > 0 && p.dropout_placement == Placement::context;
     if (keeps) kept = output_size(p) * size_of(p.type);
-    const uint32_t width = std::max(p.head_dim, p.value_dim) <= 64 ? 64 : 128;
-    const size_t tiles =
-        size_t{p.batch} * p.query_heads * divide_up(p.query_length, kQuerySumsTile);
-    query_sums = tiles * kQuerySumsTile * width * sizeof(float);
-    turns = tiles * kQuerySumsTurns * sizeof(uint32_t);
+    if (const uint32_t width = hopper_query_sums_width(p)) {
+      const size_t tiles =
+          size_t{p.batch} * p.query_heads * divide_up(p.query_length, kQuerySumsTile);
+      query_sums = tiles * kQuerySumsTile * width * sizeof(float);
+      turns = tiles * kQuerySumsTurns * sizeof(uint32_t);
+    }
     states = size_t(rows_of_call(p));
     key_states = size_t{p.batch} * p.kv_heads * p.key_length;
   }

@@ -17,25 +17,25 @@ inline MappedTensor mapped(const Problem& p, const void* data, uint32_t heads, u
           {2 * uint64_t{row_stride(p.layout, heads, width)}, bytes(0, 1, 0), bytes(1, 0, 0)}};
 }
 
-/// Decisions for a fragment of 8 * kTiles columns, in words of eight tiles each.
+/// Decisions for a fragment of 8 * kTiles columns, in words of at most eight tiles each.
 template <int kTiles>
 struct KeepWords {
-  static constexpr int kWords = kTiles / 8;
-  KeepFragment<8> words[kWords];
+  static constexpr int kTilesPerWord = kTiles < 8 ? kTiles : 8, kWords = kTiles / kTilesPerWord;
+  KeepFragment<kTilesPerWord> words[kWords];
 
   /// Drawn, never given; columns start where a call of the generator does.
   SDPA_DEVICE void draw(const Call& call, uint32_t b, uint32_t head, const uint32_t (&query)[2],
                         uint32_t first) {
     SDPA_UNROLL
     for (int w = 0; w < kWords; ++w) {
-      words[w] = KeepFragment<8>::exchange([&](uint32_t half, uint32_t tile) {
+      words[w] = KeepFragment<kTilesPerWord>::exchange([&](uint32_t half, uint32_t tile) {
         const uint32_t column = dropout_column(call, first + 64 * w + 8 * tile);
         return drawn_group(call, b, head, half ? query[1] : query[0], column / kDecisionsPerCall);
       });
     }
   }
   SDPA_DEVICE bool keeps(int tile, int element) const {
-    return words[tile / 8].keeps(tile % 8, element);
+    return words[tile / kTilesPerWord].keeps(tile % kTilesPerWord, element);
   }
 };
 

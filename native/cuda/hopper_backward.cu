@@ -66,7 +66,7 @@ int map_sides(const Tensors& tensors, int first, HopperBackwardCall& h) {
 }
 
 template <Half kHalf, int kWidth>
-int start_width(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
+int start_joint(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
                 const DeviceLimits& limits, Stream stream) {
   using S = HopperJointShape<kHalf, kWidth>;
   static_assert(S::kTile == kQuerySumsTile && S::kGroups == kQuerySumsTurns);
@@ -91,14 +91,51 @@ int start_width(BackwardCall g, const Tensors& tensors, const HopperBackwardWork
                stream);
 }
 
+/// A kernel for each gradient; `first` as in map_sides.
+template <typename S>
+int start_single(void (*kernel)(HopperBackwardCall), const BackwardCall& g, const Tensors& tensors,
+                 int first, RowState* states, uint64_t blocks, const DeviceLimits& limits,
+                 Stream stream) {
+  if (blocks > 0x7fffffff) return kInvalidConfiguration;
+  HopperBackwardCall h{g, {}, {}, {}, {}, states};
+  const int error = map_sides<S>(tensors, first, h);
+  if (error != kSuccess) return error;
+  return start(kernel, {uint32_t(blocks), 1, 1}, S::kThreads, S::kSharedBytes, h, limits.sm,
+               stream);
+}
+
+template <Half kHalf>
+int start_wide(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
+               const DeviceLimits& limits, Stream stream) {
+  using S = HopperBackwardShape<kHalf, 256, 32>;
+  const Problem& p = g.forward.call.problem;
+  g.forward.row_blocks = divide_up(p.query_length, S::kRows);
+  g.key_blocks = divide_up(p.key_length, S::kRows);
+  g.chunks = 1;
+  const uint64_t query_blocks = uint64_t{g.forward.row_blocks} * g.forward.units;
+  const uint64_t key_blocks = uint64_t{g.key_blocks} * p.kv_heads * p.batch;
+  int error = start_single<S>(hopper_query_gradients<S>, g, tensors, 0, workspace.states,
+                              query_blocks, limits, stream);
+  if (error != kSuccess) return error;
+  error = start_single<S>(hopper_key_gradients<S, true>, g, tensors, 2, workspace.key_states,
+                          key_blocks, limits, stream);
+  if (error != kSuccess) return error;
+  return start_single<S>(hopper_key_gradients<S, false>, g, tensors, 2, workspace.key_states,
+                         key_blocks, limits, stream);
+}
+
 template <Half kHalf>
 int start_half(const BackwardCall& g, const Tensors& tensors,
                const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
                Stream stream) {
-  const Problem& p = g.forward.call.problem;
-  return std::max(p.head_dim, p.value_dim) <= 64
-             ? start_width<kHalf, 64>(g, tensors, workspace, limits, stream)
-             : start_width<kHalf, 128>(g, tensors, workspace, limits, stream);
+  switch (hopper_query_sums_width(g.forward.call.problem)) {
+    case 64:
+      return start_joint<kHalf, 64>(g, tensors, workspace, limits, stream);
+    case 128:
+      return start_joint<kHalf, 128>(g, tensors, workspace, limits, stream);
+    default:
+      return start_wide<kHalf>(g, tensors, workspace, limits, stream);
+  }
 }
 
 }  // namespace

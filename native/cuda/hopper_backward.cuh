@@ -1,7 +1,10 @@
-// The backward pass on Hopper: the two kernels of backward.cuh, arranged as the forward pass of
-// hopper_forward.cuh. A block owns rows of two tensors and runs over tiles of two others, which its
-// producer brings: queries and their gradients over keys and values, or the other way round. Scores
-// of the next tile are multiplied while the gradients of this one are summed.
+// The backward pass on Hopper, arranged as the forward pass of hopper_forward.cuh. A block owns rows
+// of two tensors and runs over tiles of two others, which its producer brings: queries and their
+// gradients over keys and values, or the other way round. Scores of the next tile are multiplied
+// while the gradients of this one are summed.
+//
+// Heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones registers hold
+// one gradient only, so each has a kernel.
 //
 // Takes what the forward kernels take, to narrower heads; what comes out as NaN is for the portable
 // kernels to compute again.
@@ -14,7 +17,7 @@ namespace sdpa::cuda {
 
 // ------------------------------------------------------------------------------------------ shapes
 
-/// Tiles have kTile rows, as many as registers allow for.
+/// Tiles have kTile rows, as many as registers and shared memory allow for.
 template <Half kHalf_, int kWidth_, int kTile_>
 struct HopperBackwardShape {
   static constexpr Half kHalf = kHalf_;
@@ -303,11 +306,11 @@ struct QueryTiles {
   }
 };
 
-/// Brings the sums of tiles of queries. By a warp, a lane for each two queries.
+/// Brings the sums of tiles of queries. By a warp, a lane for each two queries of which there are.
 template <typename S>
 SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
                             const HopperBackwardTiles<S>& tiles, const QueryTiles& queries) {
-  static_assert(S::kTile / 2 == kLanes);
+  static_assert(S::kTile / 2 <= kLanes);
   const Problem& p = g.forward.call.problem;
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < queries.count; ++i) {
@@ -317,23 +320,19 @@ SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
     SDPA_UNROLL
     for (uint32_t q = 0; q < 2; ++q) {
       const uint32_t query = from.row + 2 * lane_index() + q;
-      if (query >= p.query_length) continue;
+      if (2 * lane_index() >= S::kTile || query >= p.query_length) continue;
       const size_t row = flat_row(p, k.b, from.head, query);
       shift[q] = S::kWeightShift + exponent_shift(g.tensors.lse[row]);
       delta[q] = g.delta[row] * (1 / S::kRaise);
     }
     if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
-    store_vector(tiles.sums(stage) + lane_index(),
-                 {{to_bits(shift[0]), to_bits(shift[1]), to_bits(delta[0]), to_bits(delta[1])}});
+    if (2 * lane_index() < S::kTile) {
+      store_vector(tiles.sums(stage) + lane_index(),
+                   {{to_bits(shift[0]), to_bits(shift[1]), to_bits(delta[0]), to_bits(delta[1])}});
+    }
     arrive(tiles.tile_full(stage));
   }
 }
-
-/// Gradients of a thread's two keys and their values, not yet scaled.
-template <typename S>
-struct KeyGradients {
-  float key[S::kWidth / 8][4], value[S::kWidth / 8][4];
-};
 
 /// Decisions for the warp's keys from `first_key` on and a tile of queries.
 template <typename S>
@@ -346,12 +345,46 @@ SDPA_DEVICE KeepTransposed<S::kTile / 8> draw_queries(const Call& call, const Ke
   });
 }
 
-/// Runs over the tiles of queries, for the warp's keys from `warp_key` of the block on. Scores are
-/// transposed: rows are keys.
+/// Which queries see the thread's two keys, from `first_key` on.
+SDPA_DEVICE void seen_by_queries(const KeyBlock& k, const Problem& p, uint32_t first_key,
+                                 KeyRange (&seen)[2]) {
+  SDPA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t key = first_key + 8 * half + lane_index() / 4;
+    seen[half] = key < k.visibility.key_end
+                     ? visible_keys(seen_from_keys(k.visibility, p.query_length), key)
+                     : KeyRange{0, 0};
+  }
+}
+
+/// Turns transposed products of a tile of queries into weights, times kRaise. `sums`: those of the
+/// tile, from the thread's own columns on.
 template <typename S>
+SDPA_DEVICE void weigh_queries(float scale, const QueryTiles& queries, uint32_t first_query,
+                               const KeyRange (&seen)[2], const Vector16* sums,
+                               float (&scores)[S::kTile / 8][4]) {
+  const auto shift = [&](int j, int e) { return from_bits(load_vector(sums + 4 * j).w[e % 2]); };
+  weigh_by_lse(scale, S::kWeightShift, shift, scores);
+  if (first_query < queries.all.begin || first_query + S::kTile > queries.all.end) {
+    clear_unseen(seen, first_query, scores);
+  }
+}
+
+/// differentiate_weights with the delta of `sums`.
+template <typename S>
+SDPA_DEVICE void differentiate_queries(float rescale, const Vector16* sums,
+                                       const float (&weights)[S::kTile / 8][4],
+                                       float (&grads)[S::kTile / 8][4]) {
+  const auto delta = [&](int j, int e) { return from_bits(load_vector(sums + 4 * j).w[2 + e % 2]); };
+  differentiate_weights(rescale, delta, weights, grads);
+}
+
+/// Runs over the tiles of queries, for the warp's keys from `warp_key` of the block on: leaves
+/// grad_key, or grad_value where kOfValues, not yet scaled. Scores are transposed: rows are keys.
+template <typename S, bool kOfValues>
 SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
                              const HopperBackwardTiles<S>& tiles, const QueryTiles& queries,
-                             uint32_t warp_key, KeyGradients<S>& sums) {
+                             uint32_t warp_key, float (&sums)[S::kWidth / 8][4]) {
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
   const float scale = p.scale * kLog2E, rescale = call.rescale() * (1 / S::kRaise);
@@ -360,15 +393,9 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
   const uint32_t group_key = warp_key / S::kGroupRows * S::kGroupRows;
   const uint32_t first_key = k.first_key + warp_key;
   KeyRange seen[2];
-  SDPA_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t key = first_key + 8 * h + lane_index() / 4;
-    seen[h] = key < k.visibility.key_end
-                  ? visible_keys(seen_from_keys(k.visibility, p.query_length), key)
-                  : KeyRange{0, 0};
-  }
+  seen_by_queries(k, p, first_key, seen);
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
-  uint32_t weight_operand[S::kTile / 16][1][4], grad_operand[S::kTile / 16][1][4];
+  uint32_t operand[S::kTile / 16][1][4];
   KeepTransposed<S::kTile / 8> keep{0};
   clear(weights);
   clear(grads);
@@ -380,46 +407,33 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
     const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
     wait_for(tiles.tile_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
-    wait_products<1>();  // both gradients'
-    hold(sums.key);
-    hold(sums.value);
+    wait_products<1>();  // the gradient's
+    hold(sums);
     if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
     wait_for(tiles.values_full(stage), parity);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
-                                          grads);
+    if constexpr (!kOfValues) {
+      begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key,
+                                            tiles.tile_values(stage), grads);
+    }
     if (drops_scores || drops_weights) keep = draw_queries<S>(call, k, from, first_key);
-    wait_products<1>();
+    wait_products<kOfValues ? 0 : 1>();
     hold(weights);
-    const auto shift = [&](int j, int e) {
-      return from_bits(load_vector(row_sums + 4 * j).w[e % 2]);
-    };
-    weigh_by_lse(scale, S::kWeightShift, shift, weights);
-    if (from.row < queries.all.begin || from.row + S::kTile > queries.all.end) {
-      clear_unseen(seen, from.row, weights);
-    }
-    if (drops_scores) drop_words(keep, 0.0f, weights);
-    if (drops_weights) {
-      float kept[S::kTile / 8][4];
-      copy_fragment(weights, kept);
-      drop_words(keep, 0.0f, kept);
-      to_operand<S::kHalf>(kept, weight_operand);
+    weigh_queries<S>(scale, queries, from.row, seen, row_sums, weights);
+    if (drops_scores || (kOfValues && drops_weights)) drop_words(keep, 0.0f, weights);
+    if constexpr (kOfValues) {
+      to_operand<S::kHalf>(weights, operand);
+      begin_by_rows<S::kHalf>(operand, tiles.tile_values(stage), sums);
     } else {
-      to_operand<S::kHalf>(weights, weight_operand);
+      wait_products<0>();
+      hold(grads);
+      if (drops_weights) drop_words(keep, 0.0f, grads);
+      differentiate_queries<S>(rescale, row_sums, weights, grads);
+      to_operand<S::kHalf>(grads, operand);
+      begin_by_rows<S::kHalf>(operand, tiles.tile(stage), sums);
     }
-    begin_by_rows<S::kHalf>(weight_operand, tiles.tile_values(stage), sums.value);
-    wait_products<1>();
-    hold(grads);
-    if (drops_weights) drop_words(keep, 0.0f, grads);
-    const auto delta = [&](int j, int e) {
-      return from_bits(load_vector(row_sums + 4 * j).w[2 + e % 2]);
-    };
-    differentiate_weights(rescale, delta, weights, grads);
-    to_operand<S::kHalf>(grads, grad_operand);
-    begin_by_rows<S::kHalf>(grad_operand, tiles.tile(stage), sums.key);
   }
   wait_products<0>();
-  hold(sums.key);
-  hold(sums.value);
+  hold(sums);
 }
 
 /// By the producer's warpgroup.
@@ -434,38 +448,31 @@ SDPA_DEVICE void bring_queries(const HopperBackwardCall& h, const HopperBackward
   }
 }
 
-/// Writes the gradients of the warp's keys and values, and their states.
-template <typename S>
-SDPA_DEVICE void store_key_gradients(const HopperBackwardCall& h, const KeyBlock& k,
-                                     uint32_t warp_key, const KeyGradients<S>& sums) {
-  const BackwardCall& g = h.backward;
+/// Writes grad_key or grad_value of the warp's keys.
+template <typename S, bool kOfValues>
+SDPA_DEVICE void store_key_gradient(const BackwardCall& g, const KeyBlock& k, uint32_t warp_key,
+                                    const float (&sums)[S::kWidth / 8][4]) {
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
-  const auto row_of = [&](uint32_t width) {
-    return [&, width](int half) {
-      const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
-      if (key >= p.key_length) return int64_t{-1};
-      return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
-    };
-  };
-  store_gradient(p.type, g.tensors.grad_key, 0, p.head_dim, p.scale, sums.key, row_of(p.head_dim));
-  store_gradient(p.type, g.tensors.grad_value, 0, p.value_dim, call.rescale() / S::kRaise,
-                 sums.value, row_of(p.value_dim));
-  SDPA_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
-    store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
-                k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
-  }
+  const uint32_t width = kOfValues ? p.value_dim : p.head_dim;
+  void* const to = kOfValues ? g.tensors.grad_value : g.tensors.grad_key;
+  const float factor = kOfValues ? call.rescale() / S::kRaise : p.scale;
+  store_gradient(p.type, to, 0, width, factor, sums, [&](int half) {
+    const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
+    if (key >= p.key_length) return int64_t{-1};
+    return int64_t(row_offset(p.layout, p.kv_heads, p.key_length, width, k.b, k.kv_head, key));
+  });
 }
 
-template <typename S>
+/// The kernel of values is the first of the two: it writes all states, the other adds to them.
+template <typename S, bool kOfValues>
 SDPA_KERNEL(S::kThreads, 1)
 hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
   const BackwardCall& g = h.backward;
+  const Problem& p = g.forward.call.problem;
   const KeyBlock k = key_block(g, block_index().x, S::kRows, S::kWidth);
   const HopperBackwardTiles<S> tiles{shared_memory()};
-  const QueryTiles queries = QueryTiles::of(g.forward.call.problem, k, S::kRows, S::kTile);
+  const QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
   tiles.init(kLanes);
   if (group_index() == 0) {
     give_registers<S::kProducerRegisters>();
@@ -473,11 +480,18 @@ hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
   } else {
     take_registers<S::kRegisters>();
     const uint32_t warp_key = (warp_index() - 4) * 16;
-    KeyGradients<S> sums;
-    clear(sums.key);
-    clear(sums.value);
-    if (queries.count > 0) sum_queries(g, k, tiles, queries, warp_key, sums);
-    store_key_gradients(h, k, warp_key, sums);
+    float sums[S::kWidth / 8][4];
+    clear(sums);
+    if (queries.count > 0) sum_queries<S, kOfValues>(g, k, tiles, queries, warp_key, sums);
+    store_key_gradient<S, kOfValues>(g, k, warp_key, sums);
+    SDPA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const bool nan = row_has_nan(sums, half);
+      const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
+      if (kOfValues || nan) {
+        store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length, key, nan);
+      }
+    }
   }
 }
 

@@ -1,6 +1,6 @@
-// The backward pass on Hopper by one kernel, for what fits into registers: a block owns keys and
-// values and runs over queries, as hopper_key_gradients does, and multiplies its score gradients,
-// by way of shared memory, with its keys too. Five products instead of seven.
+// The backward pass on Hopper by one kernel, for heads that fit into registers: a block owns keys
+// and values and runs over queries, as hopper_key_gradients does, and multiplies its score
+// gradients, by way of shared memory, with its keys too. Five products instead of eight.
 //
 // What a block finds of grad_query belongs to a sum over all keys, which waits in global memory in
 // float32. Blocks add to it in the order of their keys, so that the same bits come out again. A
@@ -121,13 +121,19 @@ SDPA_DEVICE void begin_key_sums(const PanelTile& grads, uint32_t row, const Pane
 
 // --------------------------------------------------------------------------------------- consumers
 
-/// sum_queries, with grad_query.
+/// Gradients of a thread's two keys and their values, not yet scaled.
+template <typename S>
+struct KeyGradients {
+  float key[S::kWidth / 8][4], value[S::kWidth / 8][4];
+};
+
+/// Runs over the tiles of queries, for the warp's keys from `warp_key` of the block on. Scores are
+/// transposed: rows are keys.
 template <typename S>
 SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
                              const HopperBackwardTiles<S>& tiles, const QueryTiles& queries,
                              uint32_t warp_key, KeyGradients<S>& sums) {
-  const BackwardCall& g = h.sides.backward;
-  const Call& call = g.forward.call;
+  const Call& call = h.sides.backward.forward.call;
   const Problem& p = call.problem;
   const float scale = p.scale * kLog2E, rescale = call.rescale() * (1 / S::kRaise);
   const bool drops_scores = call.drops(Placement::scores);
@@ -136,13 +142,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
   const uint32_t group = warp_key / S::kGroupRows, group_key = group * S::kGroupRows;
   const uint32_t first_key = k.first_key + warp_key;
   KeyRange seen[2];
-  SDPA_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t key = first_key + 8 * half + lane_index() / 4;
-    seen[half] = key < k.visibility.key_end
-                     ? visible_keys(seen_from_keys(k.visibility, p.query_length), key)
-                     : KeyRange{0, 0};
-  }
+  seen_by_queries(k, p, first_key, seen);
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4], query_sums[S::kQueryColumns / 8][4];
   uint32_t weight_operand[S::kTile / 16][1][4], grad_operand[S::kTile / 16][1][4];
   KeepTransposed<S::kTile / 8> keep{0};
@@ -167,13 +167,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     wait_for(tiles.values_full(stage), parity);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
                                           grads);
-    const auto shift = [&](int j, int e) {
-      return from_bits(load_vector(row_sums + 4 * j).w[e % 2]);
-    };
-    weigh_by_lse(scale, S::kWeightShift, shift, weights);
-    if (from.row < queries.all.begin || from.row + S::kTile > queries.all.end) {
-      clear_unseen(seen, from.row, weights);
-    }
+    weigh_queries<S>(scale, queries, from.row, seen, row_sums, weights);
     if (drops_scores) drop_words(keep, 0.0f, weights);
     if (drops_weights) {
       float kept[S::kTile / 8][4];
@@ -187,10 +181,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     wait_products<1>();
     hold(grads);
     if (drops_weights) drop_words(keep, 0.0f, grads);
-    const auto delta = [&](int j, int e) {
-      return from_bits(load_vector(row_sums + 4 * j).w[2 + e % 2]);
-    };
-    differentiate_weights(rescale, delta, weights, grads);
+    differentiate_queries<S>(rescale, row_sums, weights, grads);
     to_operand<S::kHalf>(grads, grad_operand);
     const PanelTile shared_grads{tiles.shared + S::kGradsAt + i % 2 * S::kGradBytes, S::kRows};
     store_operand(grad_operand, warp_key, shared_grads);
@@ -220,9 +211,10 @@ template <typename S>
 SDPA_KERNEL(S::kThreads, 1)
 hopper_joint_gradients(const SDPA_PARAMETER HopperJointCall h) {
   const BackwardCall& g = h.sides.backward;
+  const Problem& p = g.forward.call.problem;
   const KeyBlock k = key_block(g, block_index().x, S::kRows, S::kWidth);
   const HopperBackwardTiles<S> tiles{shared_memory()};
-  const QueryTiles queries = QueryTiles::of(g.forward.call.problem, k, S::kRows, S::kTile);
+  const QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
   tiles.init(kLanes);
   if (group_index() == 0) {
     give_registers<S::kProducerRegisters>();
@@ -234,7 +226,14 @@ hopper_joint_gradients(const SDPA_PARAMETER HopperJointCall h) {
     clear(sums.key);
     clear(sums.value);
     if (queries.count > 0) sum_jointly(h, k, tiles, queries, warp_key, sums);
-    store_key_gradients(h.sides, k, warp_key, sums);
+    store_key_gradient<S, false>(g, k, warp_key, sums.key);
+    store_key_gradient<S, true>(g, k, warp_key, sums.value);
+    SDPA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
+      store_state(h.sides.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
+                  k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
+    }
   }
 }
 

@@ -66,7 +66,7 @@ inline bool hopper_takes_forward(const Problem& p, const DeviceLimits& limits) {
          (p.type == Type::float32 || has_whole_pieces(p));
 }
 inline bool hopper_takes_backward(const Problem& p, const DeviceLimits& limits) {
-  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= 128 &&
+  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= 256 &&
          p.precision != Precision::highest && has_whole_pieces(p);
 }
 
@@ -82,10 +82,15 @@ struct HopperBackwardWorkspace {
   void* kept_grad_output;  // as grad_output, if dropout is of the context
   RowState* states;        // as ForwardCall's
   RowState* key_states;    // as BackwardCall's
-  float* query_sums;       // of grad_query in float32, rows and columns as the kernels round them up
+  float* query_sums;       // of grad_query in float32, rows rounded up to kQuerySumsTile
   uint32_t* turns;         // kQuerySumsTurns for each tile of kQuerySumsTile queries of a head
 };
 constexpr uint32_t kQuerySumsTile = 64, kQuerySumsTurns = 2;
+/// The columns of query_sums; 0: heads are too wide, and it is not used.
+inline uint32_t hopper_query_sums_width(const Problem& p) {
+  const uint32_t width = std::max(p.head_dim, p.value_dim);
+  return width <= 64 ? 64 : width <= 128 ? 128 : 0;
+}
 
 /// The same for gradients.
 int start_hopper_backward(const BackwardCall& g, const HopperBackwardWorkspace& workspace,
