@@ -48,7 +48,8 @@ struct MappedTensor {
 // sync_group: the threads of a warpgroup meet. publish_writes: what this thread has written to
 // shared memory is there for products and copies that begin after a meeting.
 //
-// sync_consumers: the threads of all warpgroups but the producer's meet.
+// sync_consumers: the threads of all warpgroups but the producer's meet. pass_turn lets the next
+// of kGroups warpgroups go on, the first one after the last, that waits in take_turn or will.
 //
 // wait_for_turn, give_turn: blocks do something in order, a counter in global memory saying whose
 // turn it is; one thread of those that write. add_four: to a place of this block's turn.

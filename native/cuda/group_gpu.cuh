@@ -66,7 +66,31 @@ SDPA_DEVICE void sync_group() {
   asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.x / kGroupThreads), "n"(kGroupThreads)
                : "memory");
 }
-/// Barrier 15: the first ones are those of sync_block and sync_group.
+/// Barriers 8 and more: the first ones are those of sync_block and sync_group. Numbers are computed
+/// in place, as the kernels have no register left for them.
+SDPA_DEVICE void take_turn() {
+  asm volatile(
+      "{\n.reg .u32 n;\n"
+      "mov.u32 n, %%tid.x;\n"
+      "shr.u32 n, n, 7;\n"
+      "add.u32 n, n, 7;\n"
+      "bar.sync n, %0;\n}" ::"n"(2 * kGroupThreads)
+      : "memory");
+}
+template <uint32_t kGroups>
+SDPA_DEVICE void pass_turn() {
+  asm volatile(
+      "{\n.reg .u32 n;\n.reg .pred last;\n"
+      "mov.u32 n, %%tid.x;\n"
+      "shr.u32 n, n, 7;\n"
+      "setp.eq.u32 last, n, %1;\n"
+      "add.u32 n, n, 8;\n"
+      "@last mov.u32 n, 8;\n"
+      "bar.arrive n, %0;\n}" ::"n"(2 * kGroupThreads),
+      "n"(kGroups)
+      : "memory");
+}
+/// Barrier 15, past those.
 template <uint32_t kThreads>
 SDPA_DEVICE void sync_consumers() {
   asm volatile("bar.sync 15, %0;" ::"n"(kThreads) : "memory");
@@ -172,15 +196,14 @@ SDPA_DEVICE void hold(uint32_t (&operand)[kSteps][kTerms][4]) {
   "%127"
 
 // Of `tiles` tiles of eight columns, `registers` = 4 * tiles; then the numbers of the operands.
-#define SDPA_PRODUCT_OF_SHARED(type, columns, tiles, registers, a, b, add, rows_a, rows_b)     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                       \
-               ", 0;\n"                                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type           \
-               " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, %" #rows_a ", %" #rows_b \
-               ";\n}"                                                                          \
-               : SDPA_SUMS_##tiles(sums, 0)                                                    \
-               : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)), "n"(int(kDepthA)),              \
-                 "n"(int(kDepthB)))
+#define SDPA_PRODUCT_OF_SHARED(type, columns, tiles, registers, a, b, add, rows_a, rows_b)      \
+  asm volatile(                                                                                 \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                                 \
+      ", 0;\n"                                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                     \
+      " {" SDPA_LIST_##registers "}, %" #a ", %" #b ", p, 1, 1, %" #rows_a ", %" #rows_b ";\n}" \
+      : SDPA_SUMS_##tiles(sums, 0)                                                              \
+      : "l"(a_matrix), "l"(b_matrix), "r"(int(adds)), "n"(int(kDepthA)), "n"(int(kDepthB)))
 #define SDPA_PRODUCT_OF_REGISTERS(type, columns, tiles, registers, a0, a1, a2, a3, b, add)    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                      \
                ", 0;\n"                                                                       \

@@ -1,7 +1,7 @@
-// The backward pass on Hopper, arranged as the forward pass of hopper_forward.cuh. A block owns rows
-// of two tensors and runs over tiles of two others, which its producer brings: queries and their
-// gradients over keys and values, or the other way round. Scores of the next tile are multiplied
-// while the gradients of this one are summed.
+// The backward pass on Hopper, arranged as the forward pass of hopper_forward.cuh. A block owns
+// rows of two tensors and runs over tiles of two others, which its producer brings: queries and
+// their gradients over keys and values, or the other way round. Scores of the next tile are
+// multiplied while the gradients of this one are summed.
 //
 // Heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones registers hold
 // one gradient only, so each has a kernel.
@@ -375,7 +375,9 @@ template <typename S>
 SDPA_DEVICE void differentiate_queries(float rescale, const Vector16* sums,
                                        const float (&weights)[S::kTile / 8][4],
                                        float (&grads)[S::kTile / 8][4]) {
-  const auto delta = [&](int j, int e) { return from_bits(load_vector(sums + 4 * j).w[2 + e % 2]); };
+  const auto delta = [&](int j, int e) {
+    return from_bits(load_vector(sums + 4 * j).w[2 + e % 2]);
+  };
   differentiate_weights(rescale, delta, weights, grads);
 }
 

@@ -56,8 +56,7 @@ SDPA_DEVICE void add_in_turn(const HopperJointCall& h, const KeyBlock& k, HeadRo
   const uint32_t last = tile.row + (left < S::kTile ? left : S::kTile) - 1;
   const uint32_t first_block = seen_by_run(k.visibility, tile.row, last).any.begin / S::kRows;
   const uint32_t number = k.first_key / S::kRows - first_block;
-  const size_t at =
-      (size_t{k.b} * p.query_heads + tile.head) * h.query.tiles + tile.row / S::kTile;
+  const size_t at = (size_t{k.b} * p.query_heads + tile.head) * h.query.tiles + tile.row / S::kTile;
   uint32_t* const turn = h.query.turns + at * S::kGroups + group;
   float* const to = h.query.of<S>(at, group);
   const bool leads = thread_index() % kGroupThreads == 0;
@@ -237,7 +236,8 @@ hopper_joint_gradients(const SDPA_PARAMETER HopperJointCall h) {
   }
 }
 
-// -------------------------------------------------------------------------------- around the kernel
+// -------------------------------------------------------------------------------- around the
+// kernel
 
 /// Writes grad_query from its sums. A warpgroup for each tile of queries.
 template <typename S>

@@ -39,6 +39,9 @@ struct HopperShape {
   static constexpr uint32_t kRegisters = kGroups == 2 ? 240 : 160;
   static constexpr uint32_t kGroupRows = 64, kRows = kGroups * kGroupRows;
   static constexpr uint32_t kStages = 2;
+  /// Whether warpgroups begin their products in turns: of three the scheduler always finds one, and
+  /// they have no registers left for it.
+  static constexpr bool kTakesTurns = kGroups == 2;
 
   static constexpr size_t kQueryBytes = kTerms * PanelTile::bytes(kRows, kWidth);
   static constexpr size_t kTileBytes = kTerms * PanelTile::bytes(kKeys, kWidth);
@@ -280,7 +283,8 @@ SDPA_DEVICE void clear_nonfinite(const HopperTiles<S>& tiles, uint32_t stage) {
   sync_group();
 }
 
-/// Runs over `count` tiles of keys from `begin` on. `scale` is in units of log2.
+/// Runs over `count` tiles of keys from `begin` on. `scale` is in units of log2. Warpgroups begin
+/// their products in turns: the softmax of one is computed during the products of another.
 template <typename S, bool kCareful>
 SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const HopperTiles<S>& tiles,
                         uint32_t group, uint32_t begin, uint32_t count, float scale,
@@ -315,12 +319,16 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   release(tiles.keys_free(0));
   finish_scores<S>(f, k, begin, scale, keep, rows, scores, correction);
   to_operand<S::kHalf>(scores, weights);
+  constexpr bool kTakesTurns = S::kTakesTurns && !kCareful;
+  if (kTakesTurns && group + 1 == S::kGroups) pass_turn<S::kGroups>();
   SDPA_NO_UNROLL
   for (uint32_t i = 1; i < count; ++i) {
     const uint32_t stage = i % S::kStages;
+    if constexpr (kTakesTurns) take_turn();
     wait_for(tiles.keys_full(stage), i / S::kStages % 2);
     begin_scores<S>(tiles, group, stage, scores);
     begin_values(i - 1);
+    if constexpr (kTakesTurns) pass_turn<S::kGroups>();
     if (draws) keep.draw(call, k.b, rows.head, rows.query, begin + i * S::kKeys);
     wait_products<1>();
     hold(scores);

@@ -856,12 +856,12 @@ void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change
   p.precision = Precision::high;
   p.scale = 0.125f;
   p.window_left = p.window_right = -1;
-  change(c);
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
-  c.query = Buffer(p.type, queries * 64);
-  c.key = Buffer(p.type, keys * 64);
-  c.value = Buffer(p.type, keys * 64);
-  c.grad_output = Buffer(p.type, queries * 64);
+  change(c);
+  c.query = Buffer(p.type, size_t{queries} * p.head_dim);
+  c.key = Buffer(p.type, size_t{keys} * p.head_dim);
+  c.value = Buffer(p.type, size_t{keys} * p.value_dim);
+  c.grad_output = Buffer(p.type, size_t{queries} * p.value_dim);
   Random r(19);
   for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
   check_backward(c, Reference(c));
@@ -915,6 +915,20 @@ void check_all_special() {
     c.p.causal_offset = -80;
     c.p.window_left = 60;
   });
+  // Heads for which each gradient has a kernel.
+  for (const Type type : {Type::float16, Type::bfloat16}) {
+    for (const Placement placement : {Placement::weights, Placement::scores, Placement::context}) {
+      check_hopper_backward(100, 150, [=](Case& c) {
+        c.p.type = c.p.key_type = type;
+        c.p.head_dim = placement == Placement::weights ? 256 : 200;
+        c.p.value_dim = placement == Placement::context ? 256 : 136;
+        c.p.is_causal = placement == Placement::scores;
+        c.p.causal_offset = 50;
+        c.p.dropout_p = 0.25f;
+        c.p.dropout_placement = placement;
+      });
+    }
+  }
   for (const Precision precision : {Precision::highest, Precision::high}) {
     check_huge_scores(precision, 0x1p-34, false);
     check_huge_scores(precision, 0x1p64, true);
@@ -929,6 +943,7 @@ void check_all_special() {
     check_special(type, Precision::highest, 128, -kInfinity, false, true);
     check_special(type, Precision::medium, 24, nan, false, true);
     check_special(type, Precision::high, 128, kInfinity, false, true);
+    check_special(type, Precision::high, 256, nan, false, true);
   }
   check_special(Type::float32, Precision::highest, 300, kInfinity, false);
   check_special(Type::bfloat16, Precision::highest, 160, nan, false);

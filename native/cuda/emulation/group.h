@@ -34,6 +34,11 @@ inline void wait_for(Barrier* barrier, uint32_t parity) { emulation::wait_for(ba
 inline void sync_group() {
   emulation::meet_group([](void* const*) {}, nullptr);
 }
+inline void take_turn() { emulation::take_turn(thread_index() / kGroupThreads - 1); }
+template <uint32_t kGroups>
+inline void pass_turn() {
+  emulation::pass_turn(thread_index() / kGroupThreads % kGroups);
+}
 template <uint32_t kThreads>
 inline void sync_consumers() {
   emulation::meet_consumers(kThreads);

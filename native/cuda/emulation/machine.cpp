@@ -30,13 +30,14 @@ struct Copy {
   bool valid;
 };
 
-enum class State { runnable, in_warp, in_group, in_block, in_consumers, at_barrier, done };
+enum class State { runnable, in_warp, in_group, in_block, in_consumers, in_turn, at_barrier, done };
 
 struct Thread {
   Fiber fiber;
   State state = State::done;
   Place place;
   const uint64_t* barrier = nullptr;  // that this thread waits at
+  unsigned turn = 0;                  // that it waits for
   std::vector<Copy> copies;           // not yet delivered, oldest first
   std::vector<size_t> commits;        // how many of them each group closes with
 };
@@ -48,6 +49,13 @@ struct Meeting {
   Complete complete = nullptr;
   unsigned arrived = 0;
   void* operands[kGroup];
+};
+
+constexpr unsigned kTurns = 4;
+
+/// A barrier for a warpgroup that waits and one that does not.
+struct Turn {
+  unsigned waiting = 0, passed = 0;
 };
 
 struct Group {
@@ -80,6 +88,7 @@ struct Machine {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Meeting> warps;
   std::vector<Group> groups;
+  Turn turns[kTurns];
   std::vector<Delivery> deliveries;
   std::minstd_rand random;
   Fiber host;
@@ -133,6 +142,16 @@ struct Machine {
     for (unsigned i = 0; i < count; ++i) {
       Thread& t = *threads[i];
       if (t.state == State::at_barrier && t.barrier == barrier) t.state = State::runnable;
+    }
+  }
+
+  void end_turn(unsigned number) {
+    Turn& turn = turns[number];
+    if (turn.waiting < kGroup || turn.passed < kGroup) return;
+    turn = {};
+    for (unsigned i = 0; i < count; ++i) {
+      Thread& t = *threads[i];
+      if (t.state == State::in_turn && t.turn == number) t.state = State::runnable;
     }
   }
 
@@ -236,6 +255,7 @@ void run_grid(Index grid, unsigned threads, size_t shared_bytes, int capability,
         }
         m.current = 0;
         m.in_block = m.in_consumers = 0;
+        for (Turn& turn : m.turns) turn = {};
         m.favoured = unsigned(m.random() % m.groups.size()) * kGroup;
         m.vote = false;
         Fiber::change(m.host, m.threads[0]->fiber);
@@ -255,6 +275,21 @@ void meet_group(Complete complete, void* operands) {
   const unsigned first = m.current / kGroup * kGroup;
   if (first + kGroup > m.count) fail("a warpgroup is of four warps");
   m.meet(m.group().meeting, first, kGroup, State::in_group, complete, operands);
+}
+
+void take_turn(unsigned number) {
+  Machine& m = machine();
+  m.turns[number].waiting += 1;
+  m.self().turn = number;
+  m.self().state = State::in_turn;
+  m.end_turn(number);
+  if (m.self().state == State::in_turn) m.pass_on();
+}
+
+void pass_turn(unsigned number) {
+  Machine& m = machine();
+  if (++m.turns[number].passed > kGroup) fail("a turn is passed on before it was taken");
+  m.end_turn(number);
 }
 
 void meet_consumers(unsigned count) {

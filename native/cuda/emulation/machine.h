@@ -48,6 +48,10 @@ void meet_group(Complete complete, void* operands);
 /// Meets the last `count` threads of the block.
 void meet_consumers(unsigned count);
 
+/// Lets the threads of a warpgroup wait in turn `number` until as many have passed it on.
+void take_turn(unsigned number);
+void pass_turn(unsigned number);
+
 /// Work of a warpgroup, begun but not awaited: closed in groups, run by those who wait for them.
 /// The last of a warpgroup calls these, from `complete`.
 void issue(std::function<void()> work);
