@@ -144,14 +144,18 @@ SDPA_DEVICE void begin_by_columns(const PanelTile& rows, uint32_t row, const Pan
   commit_products();
 }
 
-/// sums += operand . tile, whose rows are the depth, begun.
-template <Half kHalf, int kSteps, int kTiles>
-SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][1][4], const PanelTile& tile,
-                               float (&sums)[kTiles][4]) {
+/// sums += operand . tile, whose rows are the depth, begun; sums are set where not `adds`. The
+/// smallest terms come first.
+template <Half kHalf, int kSteps, int kTerms, int kTiles>
+SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][kTerms][4], const PanelTile& tile,
+                               bool adds, float (&sums)[kTiles][4]) {
   hold(operand);
   hold(sums);
   begin_products();
-  multiply_by_rows<kHalf>(operand, 0, tile, true, sums);
+  SDPA_UNROLL
+  for (int term = kTerms - 1; term >= 0; --term) {
+    multiply_by_rows<kHalf>(operand, term, tile, adds || term < kTerms - 1, sums);
+  }
   commit_products();
 }
 

@@ -91,9 +91,9 @@ int start_joint(BackwardCall g, const Tensors& tensors, const HopperBackwardWork
                stream);
 }
 
-/// A kernel for each gradient; `first` as in map_sides.
+/// Starts the kernel of one gradient; `first` as in map_sides.
 template <typename S>
-int start_single(void (*kernel)(HopperBackwardCall), const BackwardCall& g, const Tensors& tensors,
+int start_kernel(void (*kernel)(HopperBackwardCall), const BackwardCall& g, const Tensors& tensors,
                  int first, RowState* states, uint64_t blocks, const DeviceLimits& limits,
                  Stream stream) {
   if (blocks > 0x7fffffff) return kInvalidConfiguration;
@@ -104,23 +104,22 @@ int start_single(void (*kernel)(HopperBackwardCall), const BackwardCall& g, cons
                stream);
 }
 
-template <Half kHalf>
-int start_wide(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
-               const DeviceLimits& limits, Stream stream) {
-  using S = HopperBackwardShape<kHalf, 256, 32>;
+template <typename S>
+int start_singles(BackwardCall g, const Tensors& tensors, const HopperBackwardWorkspace& workspace,
+                  const DeviceLimits& limits, Stream stream) {
   const Problem& p = g.forward.call.problem;
   g.forward.row_blocks = divide_up(p.query_length, S::kRows);
   g.key_blocks = divide_up(p.key_length, S::kRows);
   g.chunks = 1;
   const uint64_t query_blocks = uint64_t{g.forward.row_blocks} * g.forward.units;
   const uint64_t key_blocks = uint64_t{g.key_blocks} * p.kv_heads * p.batch;
-  int error = start_single<S>(hopper_query_gradients<S>, g, tensors, 0, workspace.states,
+  int error = start_kernel<S>(hopper_query_gradients<S>, g, tensors, 0, workspace.states,
                               query_blocks, limits, stream);
   if (error != kSuccess) return error;
-  error = start_single<S>(hopper_key_gradients<S, true>, g, tensors, 2, workspace.key_states,
+  error = start_kernel<S>(hopper_key_gradients<S, true>, g, tensors, 2, workspace.key_states,
                           key_blocks, limits, stream);
   if (error != kSuccess) return error;
-  return start_single<S>(hopper_key_gradients<S, false>, g, tensors, 2, workspace.key_states,
+  return start_kernel<S>(hopper_key_gradients<S, false>, g, tensors, 2, workspace.key_states,
                          key_blocks, limits, stream);
 }
 
@@ -128,14 +127,23 @@ template <Half kHalf>
 int start_half(const BackwardCall& g, const Tensors& tensors,
                const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
                Stream stream) {
-  switch (hopper_query_sums_width(g.forward.call.problem)) {
+  const Problem& p = g.forward.call.problem;
+  switch (hopper_query_sums_width(p)) {
     case 64:
       return start_joint<kHalf, 64>(g, tensors, workspace, limits, stream);
     case 128:
       return start_joint<kHalf, 128>(g, tensors, workspace, limits, stream);
-    default:
-      return start_wide<kHalf>(g, tensors, workspace, limits, stream);
   }
+  if constexpr (kHalf == Half::bfloat16) {
+    if (p.precision == Precision::highest) {
+      return std::max(p.head_dim, p.value_dim) <= 64
+                 ? start_singles<HopperBackwardShape<kHalf, 64, 64, 3>>(g, tensors, workspace,
+                                                                        limits, stream)
+                 : start_singles<HopperBackwardShape<kHalf, 128, 32, 3>>(g, tensors, workspace,
+                                                                         limits, stream);
+    }
+  }
+  return start_singles<HopperBackwardShape<kHalf, 256, 32>>(g, tensors, workspace, limits, stream);
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 // their gradients over keys and values, or the other way round. Scores of the next tile are
 // multiplied while the gradients of this one are summed.
 //
-// Heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones registers hold
-// one gradient only, so each has a kernel.
+// Heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones, and where
+// weights are of several terms, registers hold one gradient only, so each has a kernel.
 //
 // Takes what the forward kernels take, to narrower heads; what comes out as NaN is for the portable
 // kernels to compute again.
@@ -17,11 +17,14 @@ namespace sdpa::cuda {
 
 // ------------------------------------------------------------------------------------------ shapes
 
-/// Tiles have kTile rows, as many as registers and shared memory allow for.
-template <Half kHalf_, int kWidth_, int kTile_>
+/// Tiles have kTile rows, as many as registers and shared memory allow for. Weights and score
+/// gradients are of kWeightTerms terms.
+template <Half kHalf_, int kWidth_, int kTile_, int kWeightTerms_ = 1>
 struct HopperBackwardShape {
   static constexpr Half kHalf = kHalf_;
-  static constexpr int kWidth = kWidth_, kTile = kTile_;
+  static constexpr int kWidth = kWidth_, kTile = kTile_, kWeightTerms = kWeightTerms_;
+  /// Whether each tile is summed by itself, as in the forward pass.
+  static constexpr bool kFresh = kWeightTerms > 1;
   static constexpr uint32_t kGroups = 2;  // warpgroups that compute
   static constexpr uint32_t kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr uint32_t kProducerRegisters = 24, kRegisters = 240;
@@ -182,6 +185,39 @@ SDPA_DEVICE void store_state(RowState* states, size_t unit, uint32_t rows, uint3
   }
 }
 
+// ---------------------------------------------------------------------------------------- products
+
+/// The tile after tile i. The compiler loses sight of products that begin in a branch, or that are
+/// read in the iteration after: those of the last tile begin once more, and all have ended with the
+/// iteration.
+SDPA_DEVICE uint32_t next_tile(uint32_t i, uint32_t count) { return i + 1 < count ? i + 1 : i; }
+
+/// sums += operand . tile, whose rows are the depth, beside the products that `begin` begins.
+template <typename S, typename Begin>
+SDPA_DEVICE void add_tile(uint32_t (&operand)[S::kTile / 16][S::kWeightTerms][4],
+                          const PanelTile& tile, float (&sums)[S::kWidth / 8][4],
+                          const Begin& begin) {
+  if constexpr (S::kFresh) {
+    float fresh[S::kWidth / 8][4];
+    clear(fresh);
+    begin_by_rows<S::kHalf>(operand, tile, false, fresh);
+    begin();
+    wait_products<1>();
+    hold(fresh);
+    SDPA_UNROLL
+    for (int n = 0; n < S::kWidth / 8; ++n) {
+      SDPA_UNROLL
+      for (int e = 0; e < 4; ++e) sums[n][e] += fresh[n][e];
+    }
+    wait_products<0>();
+  } else {
+    begin_by_rows<S::kHalf>(operand, tile, true, sums);
+    begin();
+    wait_products<0>();
+    hold(sums);
+  }
+}
+
 // ------------------------------------------------------------------------------- gradient of query
 
 /// Runs over `count` tiles of keys from `begin` on: leaves grad_query without the scale, for the
@@ -207,26 +243,28 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     shift[h] = exponent_shift(lse[h]);
   }
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
-  uint32_t operand[S::kTile / 16][1][4];
+  uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
   KeepWords<S::kTile / 8> keep{};
   clear(weights);
   clear(grads);
+  const auto begin_scores = [&](uint32_t i) {
+    const uint32_t stage = i % S::kStages;
+    wait_for(tiles.tile_full(stage), i / S::kStages % 2);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_row, tiles.tile(stage), weights);
+    if (drops_scores || drops_weights) {
+      keep.draw(call, k.b, k.first_head, query, begin + i * S::kTile);
+    }
+  };
   wait_for(tiles.owned_full(), 0);
+  begin_scores(0);
+  wait_products<0>();
+  hold(weights);
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < count; ++i) {
-    const uint32_t stage = i % S::kStages, parity = i / S::kStages % 2;
-    const uint32_t first = begin + i * S::kTile;
-    wait_for(tiles.tile_full(stage), parity);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_row, tiles.tile(stage), weights);
-    wait_products<1>();  // the gradient's
-    hold(sums);
-    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
-    wait_for(tiles.values_full(stage), parity);
+    const uint32_t stage = i % S::kStages, first = begin + i * S::kTile;
+    wait_for(tiles.values_full(stage), i / S::kStages % 2);
     begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_row, tiles.tile_values(stage),
                                           grads);
-    if (drops_scores || drops_weights) keep.draw(call, k.b, k.first_head, query, first);
-    wait_products<1>();
-    hold(weights);
     weigh_by_lse(
         scale, 0, [&](int, int e) { return shift[e / 2]; }, weights);
     if (first < k.all.begin || first + S::kTile > k.all.end) clear_unseen(seen, first, weights);
@@ -237,10 +275,10 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     differentiate_weights(
         rescale, [&](int, int e) { return delta[e / 2]; }, weights, grads);
     to_operand<S::kHalf>(grads, operand);
-    begin_by_rows<S::kHalf>(operand, tiles.tile(stage), sums);
+    add_tile<S>(operand, tiles.tile(stage), sums, [&] { begin_scores(next_tile(i, count)); });
+    hold(weights);
+    release(tiles.stage_free(stage));
   }
-  wait_products<0>();
-  hold(sums);
 }
 
 template <typename S>
@@ -397,45 +435,47 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
   KeyRange seen[2];
   seen_by_queries(k, p, first_key, seen);
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
-  uint32_t operand[S::kTile / 16][1][4];
+  uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
   KeepTransposed<S::kTile / 8> keep{0};
   clear(weights);
   clear(grads);
+  const auto begin_scores = [&](uint32_t i) {
+    const uint32_t stage = i % S::kStages;
+    wait_for(tiles.tile_full(stage), i / S::kStages % 2);
+    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
+    if (drops_scores || drops_weights) {
+      keep = draw_queries<S>(call, k, queries.at(i, S::kTile), first_key);
+    }
+  };
   wait_for(tiles.owned_full(), 0);
+  begin_scores(0);
+  wait_products<0>();
+  hold(weights);
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < queries.count; ++i) {
-    const uint32_t stage = i % S::kStages, parity = i / S::kStages % 2;
-    const HeadRows from = queries.at(i, S::kTile);
+    const uint32_t stage = i % S::kStages;
     const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
-    wait_for(tiles.tile_full(stage), parity);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
-    wait_products<1>();  // the gradient's
-    hold(sums);
-    if (i > 0) release(tiles.stage_free((i - 1) % S::kStages));
-    wait_for(tiles.values_full(stage), parity);
+    wait_for(tiles.values_full(stage), i / S::kStages % 2);
     if constexpr (!kOfValues) {
       begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key,
                                             tiles.tile_values(stage), grads);
     }
-    if (drops_scores || drops_weights) keep = draw_queries<S>(call, k, from, first_key);
-    wait_products<kOfValues ? 0 : 1>();
-    hold(weights);
-    weigh_queries<S>(scale, queries, from.row, seen, row_sums, weights);
+    weigh_queries<S>(scale, queries, queries.at(i, S::kTile).row, seen, row_sums, weights);
     if (drops_scores || (kOfValues && drops_weights)) drop_words(keep, 0.0f, weights);
     if constexpr (kOfValues) {
       to_operand<S::kHalf>(weights, operand);
-      begin_by_rows<S::kHalf>(operand, tiles.tile_values(stage), sums);
     } else {
       wait_products<0>();
       hold(grads);
       if (drops_weights) drop_words(keep, 0.0f, grads);
       differentiate_queries<S>(rescale, row_sums, weights, grads);
       to_operand<S::kHalf>(grads, operand);
-      begin_by_rows<S::kHalf>(operand, tiles.tile(stage), sums);
     }
+    add_tile<S>(operand, kOfValues ? tiles.tile_values(stage) : tiles.tile(stage), sums,
+                [&] { begin_scores(next_tile(i, queries.count)); });
+    hold(weights);
+    release(tiles.stage_free(stage));
   }
-  wait_products<0>();
-  hold(sums);
 }
 
 /// By the producer's warpgroup.

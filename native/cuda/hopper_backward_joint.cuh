@@ -176,7 +176,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     } else {
       to_operand<S::kHalf>(weights, weight_operand);
     }
-    begin_by_rows<S::kHalf>(weight_operand, tiles.tile_values(stage), sums.value);
+    begin_by_rows<S::kHalf>(weight_operand, tiles.tile_values(stage), true, sums.value);
     wait_products<1>();
     hold(grads);
     if (drops_weights) drop_words(keep, 0.0f, grads);
@@ -191,9 +191,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     sync_consumers<S::kGroups * kGroupThreads>();
     begin_query_sums<S>(shared_grads, tiles.owned(), group, query_sums);
     begin_key_sums<S>(shared_grads, group_key, tiles.tile(stage), sums.key);
-    // Without a branch, in which the compiler would lose sight of products: the last scores are
-    // multiplied once more.
-    const uint32_t next = i + 1 < queries.count ? i + 1 : i;
+    const uint32_t next = next_tile(i, queries.count);
     begin_scores(next);
     wait_products<2>();
     hold(query_sums);

@@ -66,8 +66,11 @@ inline bool hopper_takes_forward(const Problem& p, const DeviceLimits& limits) {
          (p.type == Type::float32 || has_whole_pieces(p));
 }
 inline bool hopper_takes_backward(const Problem& p, const DeviceLimits& limits) {
-  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= 256 &&
-         p.precision != Precision::highest && has_whole_pieces(p);
+  const uint32_t width = std::max(p.head_dim, p.value_dim);
+  // Three terms of bfloat16 hold a score gradient, those of float16 have not the range.
+  const bool takes =
+      p.precision == Precision::highest ? p.type == Type::bfloat16 && width <= 128 : width <= 256;
+  return hopper_takes(p, limits) && takes && has_whole_pieces(p);
 }
 
 /// For calls that hopper_takes_forward(): sets f.states. kNotTaken: a tensor's address is not what
@@ -86,10 +89,11 @@ struct HopperBackwardWorkspace {
   uint32_t* turns;         // kQuerySumsTurns for each tile of kQuerySumsTile queries of a head
 };
 constexpr uint32_t kQuerySumsTile = 64, kQuerySumsTurns = 2;
-/// The columns of query_sums; 0: heads are too wide, and it is not used.
+/// The columns of query_sums; 0: each gradient has a kernel, and there are none.
 inline uint32_t hopper_query_sums_width(const Problem& p) {
   const uint32_t width = std::max(p.head_dim, p.value_dim);
-  return width <= 64 ? 64 : width <= 128 ? 128 : 0;
+  if (p.precision == Precision::highest || width > 128) return 0;
+  return width <= 64 ? 64 : 128;
 }
 
 /// The same for gradients.
