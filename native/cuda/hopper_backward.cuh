@@ -506,6 +506,17 @@ SDPA_DEVICE void store_key_gradient(const BackwardCall& g, const KeyBlock& k, ui
   });
 }
 
+/// Writes the states of the warp's keys, those of a NaN alone where `adds`.
+SDPA_DEVICE void store_key_states(RowState* states, const Problem& p, const KeyBlock& k,
+                                  uint32_t warp_key, bool adds, const bool (&nan)[2]) {
+  SDPA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if (adds && !nan[half]) continue;
+    store_state(states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
+                k.first_key + warp_key + 8 * half + lane_index() / 4, nan[half]);
+  }
+}
+
 /// The kernel of values is the first of the two: it writes all states, the other adds to them.
 template <typename S, bool kOfValues>
 SDPA_KERNEL(S::kThreads, 1)
@@ -526,14 +537,8 @@ hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
     clear(sums);
     if (queries.count > 0) sum_queries<S, kOfValues>(g, k, tiles, queries, warp_key, sums);
     store_key_gradient<S, kOfValues>(g, k, warp_key, sums);
-    SDPA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const bool nan = row_has_nan(sums, half);
-      const uint32_t key = k.first_key + warp_key + 8 * half + lane_index() / 4;
-      if (kOfValues || nan) {
-        store_state(h.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length, key, nan);
-      }
-    }
+    const bool nan[2] = {row_has_nan(sums, 0), row_has_nan(sums, 1)};
+    store_key_states(h.states, p, k, warp_key, !kOfValues, nan);
   }
 }
 

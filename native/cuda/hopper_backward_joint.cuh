@@ -225,12 +225,13 @@ hopper_joint_gradients(const SDPA_PARAMETER HopperJointCall h) {
     if (queries.count > 0) sum_jointly(h, k, tiles, queries, warp_key, sums);
     store_key_gradient<S, false>(g, k, warp_key, sums.key);
     store_key_gradient<S, true>(g, k, warp_key, sums.value);
+    bool nan[2];
     SDPA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const bool nan_key = row_has_nan(sums.key, half), nan_value = row_has_nan(sums.value, half);
-      store_state(h.sides.states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
-                  k.first_key + warp_key + 8 * half + lane_index() / 4, nan_key || nan_value);
+      nan[half] = row_has_nan(sums.key, half);
+      nan[half] |= row_has_nan(sums.value, half);
     }
+    store_key_states(h.sides.states, p, k, warp_key, false, nan);
   }
 }
 

@@ -821,6 +821,44 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   }
 }
 
+/// An infinite gradient of the output stays with the values whose weights are kept: those of
+/// dropped weights are as without it. Gradients of keys may be infinite there, without a NaN.
+void check_dropped_infinity(uint32_t width) {
+  Case c;
+  Problem& p = c.p;
+  p.batch = p.query_heads = p.kv_heads = 1;
+  p.query_length = 40;
+  p.key_length = 200;
+  p.head_dim = p.value_dim = width;
+  p.type = p.key_type = Type::bfloat16;
+  p.precision = Precision::high;
+  p.scale = float(1 / std::sqrt(double(width)));
+  p.window_left = p.window_right = -1;
+  p.dropout_p = 0.5f;
+  p.dropout_placement = Placement::weights;
+  c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
+  Random r(20);
+  c.query = Buffer(p.type, size_t{40} * width);
+  c.key = Buffer(p.type, size_t{200} * width);
+  c.value = Buffer(p.type, size_t{200} * width);
+  c.grad_output = Buffer(p.type, size_t{40} * width);
+  for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
+  Forward forward;
+  forward.run(c, false);
+  Backward clean, grads;
+  clean.run(c, forward);
+  c.grad_output.set(3 * width, kInfinity);
+  std::vector<uint8_t> kept(40 * 200);
+  if (cuda::launch_dropout_mask(p, kept.data(), nullptr) != 0) fail(c, "launch_dropout_mask");
+  grads.run(c, forward);
+  for (uint32_t key = 0; key < p.key_length; ++key) {
+    const double actual = grads.value.at(key * width), expected = clean.value.at(key * width);
+    if (kept[3 * 200 + key] ? std::isfinite(actual) : !(std::fabs(actual - expected) <= 0x1p-6)) {
+      return fail(c, "an infinite gradient: grad_value of key " + std::to_string(key));
+    }
+  }
+}
+
 /// The last row of a tensor (0 query, 1 key, 2 value) is the others' times a factor: those that do
 /// not see it are as exact as ever.
 void check_outlier(uint32_t number, double factor) {
@@ -944,6 +982,8 @@ void check_all_special() {
     check_huge_scores(precision, 0x1p-34, false);
     check_huge_scores(precision, 0x1p64, true);
   }
+  check_dropped_infinity(64);
+  check_dropped_infinity(256);
   for (uint32_t number = 0; number < 3; ++number) check_outlier(number, 0x1p40);
 
   const double nan = std::nan("");
