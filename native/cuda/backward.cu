@@ -37,9 +37,9 @@ int start_delta(const BackwardCall& g, const DeviceLimits& limits, Stream stream
                stream);
 }
 
-/// Workspace of a call, those first that have to be aligned.
+/// Workspace of a call in bytes, those first that have to be aligned.
 struct BackwardWorkspace {
-  size_t query_sums = 0, kept = 0, delta, turns = 0, states = 0, key_states = 0;  // in bytes
+  size_t query_sums = 0, terms = 0, kept = 0, delta, turns = 0, states = 0, key_states = 0;
 
   BackwardWorkspace(const Problem& p, const DeviceLimits& limits)
       : delta(size_t(rows_of_call(p)) * sizeof(float)) {
@@ -52,10 +52,11 @@ struct BackwardWorkspace {
       query_sums = tiles * kQuerySumsTile * width * sizeof(float);
       turns = tiles * kQuerySumsTurns * sizeof(uint32_t);
     }
+    terms = hopper_backward_terms(p);
     states = size_t(rows_of_call(p));
     key_states = size_t{p.batch} * p.kv_heads * p.key_length;
   }
-  size_t bytes() const { return query_sums + kept + delta + turns + states + key_states; }
+  size_t bytes() const { return query_sums + terms + kept + delta + turns + states + key_states; }
 };
 
 int start_portable(const BackwardCall& g, const DeviceLimits& limits, Stream stream) {
@@ -120,7 +121,8 @@ int launch_backward(const Problem& p, const Inputs& inputs, const BackwardTensor
   g.forward.splits = g.forward.chunks = 1;
   g.tensors = tensors;
   const BackwardWorkspace sizes(p, limits);
-  unsigned char* const kept = static_cast<unsigned char*>(workspace) + sizes.query_sums;
+  unsigned char* const terms = static_cast<unsigned char*>(workspace) + sizes.query_sums;
+  unsigned char* const kept = terms + sizes.terms;
   unsigned char* const delta = kept + sizes.kept;
   unsigned char* const turns = delta + sizes.delta;
   RowState* const states = reinterpret_cast<RowState*>(turns + sizes.turns);
@@ -128,8 +130,8 @@ int launch_backward(const Problem& p, const Inputs& inputs, const BackwardTensor
   int error = start_delta(g, limits, stream);
   if (error == kSuccess) {
     error = start_gradients(g,
-                            {kept, states, states + sizes.states, static_cast<float*>(workspace),
-                             reinterpret_cast<uint32_t*>(turns)},
+                            {kept, terms, states, states + sizes.states,
+                             static_cast<float*>(workspace), reinterpret_cast<uint32_t*>(turns)},
                             limits, stream);
   }
   if (error == kSuccess && tensors.grad_mask) error = start_mask_gradient(g, limits, stream);

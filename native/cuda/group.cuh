@@ -134,28 +134,65 @@ SDPA_DEVICE void multiply_by_rows(const uint32_t (&operand)[kSteps][kTerms][4], 
   }
 }
 
+/// The terms of a tile of kWidth columns, one after the other.
+template <int kTerms, uint32_t kWidth>
+struct TermTile {
+  unsigned char* data;
+  uint32_t rows;
+
+  static constexpr size_t bytes(uint32_t rows) { return kTerms * PanelTile::bytes(rows, kWidth); }
+  SDPA_DEVICE PanelTile term(uint32_t i) const {
+    return {data + i * PanelTile::bytes(rows, kWidth), rows};
+  }
+  /// As PanelTile::copy; the terms of a head are heads of the map.
+  SDPA_DEVICE void copy(const TensorMap& map, Barrier* barrier, uint32_t row, uint32_t head,
+                        uint32_t b) const {
+    SDPA_UNROLL
+    for (uint32_t t = 0; t < kTerms; ++t) {
+      term(t).copy(map, barrier, kWidth, row, head * kTerms + t, b);
+    }
+  }
+};
+
+/// Calls body(i, j) for the pairs of terms whose products count, the smallest first (tile.cuh).
+template <int kTermsA, int kTermsB, typename Body>
+SDPA_DEVICE void each_pair(const Body& body) {
+  SDPA_UNROLL
+  for (int sum = (kTermsA > kTermsB ? kTermsA : kTermsB) - 1; sum >= 0; --sum) {
+    SDPA_UNROLL
+    for (int i = 0; i < kTermsA; ++i) {
+      if (i <= sum && sum - i < kTermsB) body(i, sum - i);
+    }
+  }
+}
+
 /// products = rows `row` to row + 63 of `rows` . rows of `tile`, begun.
-template <Half kHalf, uint32_t kWidth, int kTiles>
-SDPA_DEVICE void begin_by_columns(const PanelTile& rows, uint32_t row, const PanelTile& tile,
+template <Half kHalf, int kTerms, uint32_t kWidth, int kTiles>
+SDPA_DEVICE void begin_by_columns(const TermTile<kTerms, kWidth>& rows, uint32_t row,
+                                  const TermTile<kTerms, kWidth>& tile,
                                   float (&products)[kTiles][4]) {
   hold(products);
   begin_products();
-  multiply_by_columns<kHalf, kWidth>(rows, row, tile, false, products);
+  bool adds = false;
+  each_pair<kTerms, kTerms>([&](int i, int j) {
+    multiply_by_columns<kHalf, kWidth>(rows.term(i), row, tile.term(j), adds, products);
+    adds = true;
+  });
   commit_products();
 }
 
-/// sums += operand . tile, whose rows are the depth, begun; sums are set where not `adds`. The
-/// smallest terms come first.
-template <Half kHalf, int kSteps, int kTerms, int kTiles>
-SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][kTerms][4], const PanelTile& tile,
-                               bool adds, float (&sums)[kTiles][4]) {
+/// sums += operand . tile, whose rows are the depth, begun; sums are set where not `adds`.
+template <Half kHalf, int kSteps, int kWeightTerms, int kTerms, uint32_t kWidth, int kTiles>
+SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][kWeightTerms][4],
+                               const TermTile<kTerms, kWidth>& tile, bool adds,
+                               float (&sums)[kTiles][4]) {
   hold(operand);
   hold(sums);
   begin_products();
-  SDPA_UNROLL
-  for (int term = kTerms - 1; term >= 0; --term) {
-    multiply_by_rows<kHalf>(operand, term, tile, adds || term < kTerms - 1, sums);
-  }
+  each_pair<kWeightTerms, kTerms>([&](int i, int j) {
+    multiply_by_rows<kHalf>(operand, i, tile.term(j), adds, sums);
+    adds = true;
+  });
   commit_products();
 }
 

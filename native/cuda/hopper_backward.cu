@@ -20,7 +20,7 @@ constexpr uint32_t kKeepThreads = 128;
 SDPA_KERNEL(kKeepThreads, 1) keep_grad_output(const SDPA_PARAMETER KeepCall c) {
   const Call& call = c.backward.forward.call;
   const Problem& p = call.problem;
-  const uint32_t pieces = p.value_dim / 8;
+  const uint32_t pieces = divide_up(p.value_dim, 8);
   const uint64_t number = uint64_t{block_index().x} * kKeepThreads + thread_index();
   const uint64_t row = number / pieces;
   if (row >= uint64_t{p.batch} * p.query_heads * p.query_length) return;
@@ -31,6 +31,14 @@ SDPA_KERNEL(kKeepThreads, 1) keep_grad_output(const SDPA_PARAMETER KeepCall c) {
   const size_t at =
       row_offset(p.layout, p.query_heads, p.query_length, p.value_dim, b, head, query) + column;
   const uint32_t keep = drawn_group(call, b, head, query, column / kDecisionsPerCall);
+  if (p.type == Type::float32) {
+    const float* const from = static_cast<const float*>(c.backward.tensors.grad_output) + at;
+    float* const to = static_cast<float*>(c.kept_grad_output) + at;
+    for (uint32_t i = 0; i < 8 && column + i < p.value_dim; ++i) {
+      to[i] = keep >> i & 1 ? from[i] : 0.0f;
+    }
+    return;
+  }
   Vector16 piece = load_vector(static_cast<const uint16_t*>(c.backward.tensors.grad_output) + at);
   SDPA_UNROLL
   for (uint32_t i = 0; i < 4; ++i) {
@@ -42,7 +50,8 @@ SDPA_KERNEL(kKeepThreads, 1) keep_grad_output(const SDPA_PARAMETER KeepCall c) {
 
 int start_keep(const BackwardCall& g, void* kept_grad_output, const DeviceLimits& limits,
                Stream stream) {
-  const uint64_t pieces = output_size(g.forward.call.problem) / 8;
+  const Problem& p = g.forward.call.problem;
+  const uint64_t pieces = output_size(p) / p.value_dim * divide_up(p.value_dim, 8);
   const uint64_t blocks = (pieces + kKeepThreads - 1) / kKeepThreads;
   if (blocks > 0x7fffffff) return kInvalidConfiguration;
   return start(keep_grad_output, {uint32_t(blocks), 1, 1}, kKeepThreads, 0,
@@ -51,15 +60,18 @@ int start_keep(const BackwardCall& g, void* kept_grad_output, const DeviceLimits
 
 // -------------------------------------------------------------------------------------- launchers
 
-/// The tensors of the call: query, grad_output, key, value.
-using Tensors = MappedTensor[4];
+/// The tensors of the call: query, grad_output, key, value. `factors`: of their terms.
+struct Tensors {
+  MappedTensor maps[4];
+  BackwardFactors factors;
+};
 
 /// Maps the tensors of a kernel; `first` is the first of the two whose rows blocks own.
 template <typename S>
 int map_sides(const Tensors& tensors, int first, HopperBackwardCall& h) {
   TensorMap* const maps[4] = {&h.owned, &h.owned_values, &h.tile, &h.tile_values};
   for (int i = 0; i < 4; ++i) {
-    const int error = make_map(tensors[(first + i) % 4], i < 2 ? S::kRows : S::kTile, maps[i]);
+    const int error = make_map(tensors.maps[(first + i) % 4], i < 2 ? S::kRows : S::kTile, maps[i]);
     if (error != kSuccess) return error;
   }
   return kSuccess;
@@ -73,7 +85,7 @@ int start_joint(BackwardCall g, const Tensors& tensors, const HopperBackwardWork
   const Problem& p = g.forward.call.problem;
   g.key_blocks = divide_up(p.key_length, S::kRows);
   g.chunks = 1;
-  HopperJointCall h{{g, {}, {}, {}, {}, workspace.key_states},
+  HopperJointCall h{{g, {}, {}, {}, {}, {}, workspace.key_states},
                     {workspace.query_sums, workspace.turns, divide_up(p.query_length, S::kTile)},
                     workspace.states};
   int error = map_sides<S>(tensors, 2, h.sides);
@@ -97,7 +109,7 @@ int start_kernel(void (*kernel)(HopperBackwardCall), const BackwardCall& g, cons
                  int first, RowState* states, uint64_t blocks, const DeviceLimits& limits,
                  Stream stream) {
   if (blocks > 0x7fffffff) return kInvalidConfiguration;
-  HopperBackwardCall h{g, {}, {}, {}, {}, states};
+  HopperBackwardCall h{g, tensors.factors, {}, {}, {}, {}, states};
   const int error = map_sides<S>(tensors, first, h);
   if (error != kSuccess) return error;
   return start(kernel, {uint32_t(blocks), 1, 1}, S::kThreads, S::kSharedBytes, h, limits.sm,
@@ -123,56 +135,109 @@ int start_singles(BackwardCall g, const Tensors& tensors, const HopperBackwardWo
                          key_blocks, limits, stream);
 }
 
+/// For heads to 128 wide, and where each tile is summed by itself.
+template <Half kHalf, int kTerms, int kWeightTerms>
+int start_fresh(const BackwardCall& g, const Tensors& tensors,
+                const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
+                Stream stream) {
+  using Narrow = HopperBackwardShape<kHalf, kTerms, kWeightTerms, 64, 64, true>;
+  using Wide = HopperBackwardShape<kHalf, kTerms, kWeightTerms, 128, 32, true>;
+  const Problem& p = g.forward.call.problem;
+  return std::max(p.head_dim, p.value_dim) <= 64
+             ? start_singles<Narrow>(g, tensors, workspace, limits, stream)
+             : start_singles<Wide>(g, tensors, workspace, limits, stream);
+}
+
 template <Half kHalf>
 int start_half(const BackwardCall& g, const Tensors& tensors,
                const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
                Stream stream) {
-  const Problem& p = g.forward.call.problem;
-  switch (hopper_query_sums_width(p)) {
+  switch (hopper_query_sums_width(g.forward.call.problem)) {
     case 64:
       return start_joint<kHalf, 64>(g, tensors, workspace, limits, stream);
     case 128:
       return start_joint<kHalf, 128>(g, tensors, workspace, limits, stream);
   }
-  if constexpr (kHalf == Half::bfloat16) {
-    if (p.precision == Precision::highest) {
-      return std::max(p.head_dim, p.value_dim) <= 64
-                 ? start_singles<HopperBackwardShape<kHalf, 64, 64, 3>>(g, tensors, workspace,
-                                                                        limits, stream)
-                 : start_singles<HopperBackwardShape<kHalf, 128, 32, 3>>(g, tensors, workspace,
-                                                                         limits, stream);
-    }
+  using S = HopperBackwardShape<kHalf, 1, 1, 256, 32, false>;
+  return start_singles<S>(g, tensors, workspace, limits, stream);
+}
+
+int start_type(const BackwardCall& g, const Tensors& tensors,
+               const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
+               Stream stream) {
+  const Problem& p = g.forward.call.problem;
+  const bool exact = p.precision == Precision::highest;
+  switch (p.type) {
+    case Type::float32:
+      return exact ? start_fresh<Half::float16, 2, 2>(g, tensors, workspace, limits, stream)
+                   : start_fresh<Half::float16, 1, 1>(g, tensors, workspace, limits, stream);
+    case Type::float16:
+      return exact ? start_fresh<Half::float16, 1, 2>(g, tensors, workspace, limits, stream)
+                   : start_half<Half::float16>(g, tensors, workspace, limits, stream);
+    case Type::bfloat16:
+      return exact ? start_fresh<Half::bfloat16, 1, 3>(g, tensors, workspace, limits, stream)
+                   : start_half<Half::bfloat16>(g, tensors, workspace, limits, stream);
   }
-  return start_singles<HopperBackwardShape<kHalf, 256, 32>>(g, tensors, workspace, limits, stream);
+  return kInvalidValue;
+}
+
+/// The tensors of a call as terms; unless they are float32, there are none.
+TermsCall terms_call(const Call& call, const void* grad_output) {
+  const Problem& p = call.problem;
+  TermsCall c{call, {}, 0, terms_of(p)};
+  if (p.type != Type::float32) return c;
+  c.add(call.inputs.query, p.query_heads, p.query_length, p.head_dim, false);
+  c.add(grad_output, p.query_heads, p.query_length, p.value_dim, false);
+  c.add(call.inputs.key, p.kv_heads, p.key_length, p.head_dim, true);
+  c.add(call.inputs.value, p.kv_heads, p.key_length, p.value_dim, true);
+  return c;
 }
 
 }  // namespace
+
+size_t hopper_backward_terms(const Problem& p) {
+  TermsCall c = terms_call({p, {}, {}}, nullptr);
+  return place_terms(c, nullptr);
+}
 
 int start_hopper_backward(const BackwardCall& g, const HopperBackwardWorkspace& workspace,
                           const DeviceLimits& limits, Stream stream) {
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
   const bool keeps = call.drops(Placement::context);
+  const void* const grad_output = keeps ? workspace.kept_grad_output : g.tensors.grad_output;
+  TermsCall c = terms_call(call, grad_output);
+  place_terms(c, static_cast<unsigned char*>(workspace.terms));
   const auto of_queries = [&](const void* data, uint32_t width) {
     return mapped(p, data, p.query_heads, p.query_length, width);
   };
-  const Tensors tensors = {
-      of_queries(call.inputs.query, p.head_dim),
-      of_queries(keeps ? workspace.kept_grad_output : g.tensors.grad_output, p.value_dim),
-      mapped(p, call.inputs.key, p.kv_heads, p.key_length, p.head_dim),
-      mapped(p, call.inputs.value, p.kv_heads, p.key_length, p.value_dim),
+  Tensors tensors = {
+      {
+          of_queries(call.inputs.query, p.head_dim),
+          of_queries(grad_output, p.value_dim),
+          mapped(p, call.inputs.key, p.kv_heads, p.key_length, p.head_dim),
+          mapped(p, call.inputs.value, p.kv_heads, p.key_length, p.value_dim),
+      },
+      {},
   };
-  for (const MappedTensor& tensor : tensors) {
+  for (int i = 0; i < c.count; ++i) tensors.maps[i] = mapped_terms(c, c.tensors[i]);
+  for (const MappedTensor& tensor : tensors.maps) {
     if (!tensor.is_mappable()) return kNotTaken;
   }
+  int error = kSuccess;
   if (keeps) {
-    if (!of_queries(g.tensors.grad_output, p.value_dim).is_mappable()) return kNotTaken;
-    const int error = start_keep(g, workspace.kept_grad_output, limits, stream);
-    if (error != kSuccess) return error;
+    const bool reads_pieces = p.type != Type::float32;
+    if (reads_pieces && !of_queries(g.tensors.grad_output, p.value_dim).is_mappable()) {
+      return kNotTaken;
+    }
+    error = start_keep(g, workspace.kept_grad_output, limits, stream);
   }
-  return p.type == Type::float16
-             ? start_half<Half::float16>(g, tensors, workspace, limits, stream)
-             : start_half<Half::bfloat16>(g, tensors, workspace, limits, stream);
+  if (error == kSuccess && c.count > 0) {
+    tensors.factors = {c.tensors[0].factors, c.tensors[1].factors, c.tensors[2].factors,
+                       c.tensors[3].factors};
+    error = start_terms(c, limits, stream);
+  }
+  return error == kSuccess ? start_type(g, tensors, workspace, limits, stream) : error;
 }
 
 }  // namespace sdpa::cuda

@@ -3,8 +3,12 @@
 // their gradients over keys and values, or the other way round. Scores of the next tile are
 // multiplied while the gradients of this one are summed.
 //
-// Heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones, and where
-// weights are of several terms, registers hold one gradient only, so each has a kernel.
+// 16-bit heads to 128 wide are for the kernel of hopper_backward_joint.cuh. Of wider ones, and
+// where each tile is summed by itself, registers hold one gradient only, so each has a kernel.
+//
+// Terms of float16 (hopper_terms.cuh) have not the range of weights and score gradients: in each
+// tile, their rows are multiplied by powers of two of their own, and what they were multiplied with
+// is taken back as the tile's sum is added.
 //
 // Takes what the forward kernels take, to narrower heads; what comes out as NaN is for the portable
 // kernels to compute again.
@@ -12,39 +16,52 @@
 
 #include "cuda/backward.cuh"
 #include "cuda/hopper.cuh"
+#include "cuda/hopper_terms.cuh"
 
 namespace sdpa::cuda {
 
 // ------------------------------------------------------------------------------------------ shapes
 
-/// Tiles have kTile rows, as many as registers and shared memory allow for. Weights and score
-/// gradients are of kWeightTerms terms.
-template <Half kHalf_, int kWidth_, int kTile_, int kWeightTerms_ = 1>
+/// Tiles have kTile rows, as many as registers and shared memory allow for. Tensors are of kTerms
+/// terms, weights and score gradients of kWeightTerms.
+template <Half kHalf_, int kTerms_, int kWeightTerms_, int kWidth_, int kTile_, bool kFresh_>
 struct HopperBackwardShape {
   static constexpr Half kHalf = kHalf_;
-  static constexpr int kWidth = kWidth_, kTile = kTile_, kWeightTerms = kWeightTerms_;
-  /// Whether each tile is summed by itself, as in the forward pass.
-  static constexpr bool kFresh = kWeightTerms > 1;
+  static constexpr int kTerms = kTerms_, kWeightTerms = kWeightTerms_, kWidth = kWidth_;
+  static constexpr int kTile = kTile_;
+  /// Whether each tile is summed by itself, as in the forward pass, and weights are computed with
+  /// one rounding more.
+  static constexpr bool kFresh = kFresh_;
+  /// Whether rows of weights and score gradients are raised to what float16 holds.
+  static constexpr bool kRaisesRows = kFresh && kHalf == Half::float16;
   static constexpr uint32_t kGroups = 2;  // warpgroups that compute
   static constexpr uint32_t kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr uint32_t kProducerRegisters = 24, kRegisters = 240;
   static constexpr uint32_t kGroupRows = 64, kRows = kGroups * kGroupRows;
   static constexpr uint32_t kStages = 2;
-  /// Weights that multiply gradients of the output are computed times 2^kWeightShift, as ever.
-  static constexpr float kWeightShift = kHalf == Half::float16 ? 14 : 0;
-  static constexpr float kRaise = kHalf == Half::float16 ? 1 << 14 : 1;
+  /// Where rows are not raised, weights that multiply gradients of the output are computed times
+  /// 2^kWeightShift, as ever.
+  static constexpr float kWeightShift = kHalf == Half::float16 && !kRaisesRows ? 14 : 0;
+  static constexpr float kRaise = kWeightShift > 0 ? 1 << int(kWeightShift) : 1;
 
-  static constexpr size_t kOwnedBytes = PanelTile::bytes(kRows, kWidth);
-  static constexpr size_t kTileBytes = PanelTile::bytes(kTile, kWidth);
-  static constexpr size_t kSumBytes = kTile / 2 * sizeof(Vector16);
+  using Tile = TermTile<kTerms, kWidth>;
+  static constexpr size_t kOwnedBytes = Tile::bytes(kRows), kTileBytes = Tile::bytes(kTile);
+  /// The sums of a tile of queries, and where rows are raised, the factors of their head.
+  static constexpr size_t kSumBytes = (kTile / 2 + kRaisesRows) * sizeof(Vector16);
   static constexpr size_t kSumsAt = 2 * kOwnedBytes + kStages * 2 * kTileBytes;
   static constexpr size_t kBarriersAt = kSumsAt + kStages * kSumBytes;
   static constexpr size_t kSharedBytes = kBarriersAt + (1 + 3 * kStages) * sizeof(Barrier);
 };
 
+/// What terms are multiplied by, or 0: [batch, heads] of each tensor; null: tensors are no terms.
+struct BackwardFactors {
+  const float *query, *grad_output, *key, *value;
+};
+
 /// Tensors are named as in BackwardTiles.
 struct HopperBackwardCall {
   BackwardCall backward;
+  BackwardFactors factors;
   TensorMap owned, owned_values, tile, tile_values;
   RowState* states;  // of the rows that blocks own, to be written
 };
@@ -54,12 +71,12 @@ template <typename S>
 struct HopperBackwardTiles {
   unsigned char* shared;
 
-  SDPA_DEVICE PanelTile owned() const { return {shared, S::kRows}; }
-  SDPA_DEVICE PanelTile owned_values() const { return {shared + S::kOwnedBytes, S::kRows}; }
-  SDPA_DEVICE PanelTile tile(uint32_t stage) const {
+  SDPA_DEVICE typename S::Tile owned() const { return {shared, S::kRows}; }
+  SDPA_DEVICE typename S::Tile owned_values() const { return {shared + S::kOwnedBytes, S::kRows}; }
+  SDPA_DEVICE typename S::Tile tile(uint32_t stage) const {
     return {shared + 2 * S::kOwnedBytes + 2 * stage * S::kTileBytes, S::kTile};
   }
-  SDPA_DEVICE PanelTile tile_values(uint32_t stage) const {
+  SDPA_DEVICE typename S::Tile tile_values(uint32_t stage) const {
     return {shared + 2 * S::kOwnedBytes + (2 * stage + 1) * S::kTileBytes, S::kTile};
   }
   /// Of queries 2 * pair and the next of a tile of queries: what is added to their exponents,
@@ -67,6 +84,9 @@ struct HopperBackwardTiles {
   SDPA_DEVICE Vector16* sums(uint32_t stage) const {
     return reinterpret_cast<Vector16*>(shared + S::kSumsAt + stage * S::kSumBytes);
   }
+  /// What goes with the head of a tile of queries: scores, grads, query and grad_output of
+  /// HeadFactors.
+  SDPA_DEVICE Vector16* factors(uint32_t stage) const { return sums(stage) + S::kTile / 2; }
   SDPA_DEVICE Barrier* owned_full() const {
     return reinterpret_cast<Barrier*>(shared + S::kBarriersAt);
   }
@@ -101,41 +121,46 @@ template <typename S, typename At>
 SDPA_DEVICE void bring_sides(const HopperBackwardCall& h, const HopperBackwardTiles<S>& tiles,
                              uint32_t b, HeadRows owned, uint32_t count, const At& at) {
   arrive_and_expect(tiles.owned_full(), 2 * S::kOwnedBytes);
-  tiles.owned().copy(h.owned, tiles.owned_full(), S::kWidth, owned.row, owned.head, b);
-  tiles.owned_values().copy(h.owned_values, tiles.owned_full(), S::kWidth, owned.row, owned.head,
-                            b);
+  tiles.owned().copy(h.owned, tiles.owned_full(), owned.row, owned.head, b);
+  tiles.owned_values().copy(h.owned_values, tiles.owned_full(), owned.row, owned.head, b);
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t stage = i % S::kStages, turn = i / S::kStages;
     const HeadRows from = at(i);
     if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.tile_full(stage), S::kTileBytes);
-    tiles.tile(stage).copy(h.tile, tiles.tile_full(stage), S::kWidth, from.row, from.head, b);
+    tiles.tile(stage).copy(h.tile, tiles.tile_full(stage), from.row, from.head, b);
     arrive_and_expect(tiles.values_full(stage), S::kTileBytes);
-    tiles.tile_values(stage).copy(h.tile_values, tiles.values_full(stage), S::kWidth, from.row,
-                                  from.head, b);
+    tiles.tile_values(stage).copy(h.tile_values, tiles.values_full(stage), from.row, from.head, b);
   }
 }
 
 // ------------------------------------------------------------------------------ gradients of
 // scores
 
-/// What is added to exponents in units of log2: -lse. A row without weights has 0, as none of its
-/// keys are seen; one that is not finite has NaN, which leaves it to the portable kernels.
+/// Exponents are in units of log2 from the start, or where tiles are summed by themselves, in those
+/// of lse until the two have met, so that nothing is rounded before.
+template <typename S>
+constexpr float kExponentUnit = S::kFresh ? 1.0f : kLog2E;
+
+/// What is added to exponents: -lse. A row without weights has 0, as none of its keys are seen; one
+/// that is not finite has NaN, which leaves it to the portable kernels.
+template <typename S>
 SDPA_DEVICE float exponent_shift(float lse) {
-  const float shift = lse == -SDPA_INFINITY ? 0.0f : -lse * kLog2E;
+  const float shift = lse == -SDPA_INFINITY ? 0.0f : -lse * kExponentUnit<S>;
   return is_finite(shift) ? shift : SDPA_INFINITY - SDPA_INFINITY;
 }
 
-/// Products become exp2(scale * product + shift(j, e)), at most 2^top (see weight_from_lse).
-template <int kTiles, typename Shift>
+/// Products become exponential(scale * product + shift(j, e)), at most 2^top (see weight_from_lse).
+template <typename S, int kTiles, typename Shift>
 SDPA_DEVICE void weigh_by_lse(float scale, float top, const Shift& shift,
                               float (&scores)[kTiles][4]) {
   SDPA_UNROLL
   for (int j = 0; j < kTiles; ++j) {
     SDPA_UNROLL
     for (int e = 0; e < 4; ++e) {
-      const float exponent = fmaf(scores[j][e], scale, shift(j, e));
+      float exponent = fmaf(scores[j][e], scale, shift(j, e));
+      if (S::kFresh) exponent *= kLog2E;
       scores[j][e] = exp2_fast(exponent > top ? top : exponent);
     }
   }
@@ -169,21 +194,74 @@ SDPA_DEVICE void differentiate_weights(float rescale, const Delta& delta,
   }
 }
 
-/// Whether the sums of the thread's upper or lower row hold a NaN, in any lane.
+/// Multiplies rows by powers of two that bring their largest elements to 2^14 and more, unless they
+/// are below 2^-112; `factors` undo it, and are multiplied by `factor`, a power of two.
 template <int kTiles>
-SDPA_DEVICE bool row_has_nan(const float (&sums)[kTiles][4], int half) {
-  bool nan = false;
+SDPA_DEVICE void raise_rows(float factor, float (&fragment)[kTiles][4], float (&factors)[2]) {
   SDPA_UNROLL
-  for (int n = 0; n < kTiles; ++n) nan |= is_nan(sums[n][2 * half]) | is_nan(sums[n][2 * half + 1]);
-  return quad_max(nan ? 1.0f : 0.0f) > 0;
+  for (int h = 0; h < 2; ++h) {
+    float top = 0;
+    SDPA_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      top = fmaxf(top, fmaxf(fabsf(fragment[j][2 * h]), fabsf(fragment[j][2 * h + 1])));
+    }
+    const uint32_t largest = to_bits(quad_max(top)) >> 23;
+    const uint32_t exponent = largest > 15 ? largest : 15;
+    const float raise = from_bits((127 + 127 + 14 - exponent) << 23);
+    factors[h] = from_bits((exponent - 14) << 23) * factor;
+    SDPA_UNROLL
+    for (int j = 0; j < kTiles; ++j) {
+      fragment[j][2 * h] *= raise;
+      fragment[j][2 * h + 1] *= raise;
+    }
+  }
+}
+
+/// Whether the sums of the thread's upper or lower row are not finite, in any lane: a NaN, or an
+/// infinity that may come from a power of two.
+template <int kTiles>
+SDPA_DEVICE bool row_is_lost(const float (&sums)[kTiles][4], int half) {
+  bool lost = false;
+  SDPA_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    lost |= !is_finite(sums[n][2 * half]) | !is_finite(sums[n][2 * half + 1]);
+  }
+  return quad_max(lost ? 1.0f : 0.0f) > 0;
 }
 
 /// Writes the state of a row of a unit of `rows`.
-SDPA_DEVICE void store_state(RowState* states, size_t unit, uint32_t rows, uint32_t row, bool nan) {
+SDPA_DEVICE void store_state(RowState* states, size_t unit, uint32_t rows, uint32_t row,
+                             bool lost) {
   if (row < rows && lane_index() % 4 == 0) {
-    states[unit * rows + row] = nan ? RowState::nan : RowState::done;
+    states[unit * rows + row] = lost ? RowState::nan : RowState::done;
   }
 }
+
+/// What products with a head of queries are multiplied by.
+struct HeadFactors {
+  float query, grad_output, key, value;  // of the tensors' terms
+
+  SDPA_DEVICE static HeadFactors of(const HopperBackwardCall& h, uint32_t b, uint32_t head) {
+    const Problem& p = h.backward.forward.call.problem;
+    if (!h.factors.query) return {1.0f, 1.0f, 1.0f, 1.0f};
+    const size_t q = size_t{b} * p.query_heads + head;
+    const size_t kv = size_t{b} * p.kv_heads + head / (p.query_heads / p.kv_heads);
+    return {h.factors.query[q], h.factors.grad_output[q], h.factors.key[kv], h.factors.value[kv]};
+  }
+  /// Whether all four tensors could be written as terms.
+  SDPA_DEVICE bool are_fit() const {
+    return query != 0 && grad_output != 0 && key != 0 && value != 0;
+  }
+  /// What makes exponents of products of queries and keys.
+  template <typename S>
+  SDPA_DEVICE float of_scores(const Call& call) const {
+    return call.problem.scale * kExponentUnit<S> * query * key;
+  }
+  /// What makes gradients of dropped weights of products of gradients and values.
+  SDPA_DEVICE float of_grads(const Call& call) const {
+    return call.rescale() * grad_output * value;
+  }
+};
 
 // ---------------------------------------------------------------------------------------- products
 
@@ -192,11 +270,16 @@ SDPA_DEVICE void store_state(RowState* states, size_t unit, uint32_t rows, uint3
 /// iteration.
 SDPA_DEVICE uint32_t next_tile(uint32_t i, uint32_t count) { return i + 1 < count ? i + 1 : i; }
 
-/// sums += operand . tile, whose rows are the depth, beside the products that `begin` begins.
+/// sums += rows . tile, whose rows are the depth, beside the products that `begin` begins. `factor`
+/// is that of the tile's terms, where rows are raised.
 template <typename S, typename Begin>
-SDPA_DEVICE void add_tile(uint32_t (&operand)[S::kTile / 16][S::kWeightTerms][4],
-                          const PanelTile& tile, float (&sums)[S::kWidth / 8][4],
+SDPA_DEVICE void add_tile(float factor, float (&rows)[S::kTile / 8][4],
+                          const typename S::Tile& tile, float (&sums)[S::kWidth / 8][4],
                           const Begin& begin) {
+  float factors[2] = {1.0f, 1.0f};
+  if constexpr (S::kRaisesRows) raise_rows(factor, rows, factors);
+  uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
+  to_operand<S::kHalf>(rows, operand);
   if constexpr (S::kFresh) {
     float fresh[S::kWidth / 8][4];
     clear(fresh);
@@ -207,7 +290,7 @@ SDPA_DEVICE void add_tile(uint32_t (&operand)[S::kTile / 16][S::kWeightTerms][4]
     SDPA_UNROLL
     for (int n = 0; n < S::kWidth / 8; ++n) {
       SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) sums[n][e] += fresh[n][e];
+      for (int e = 0; e < 4; ++e) sums[n][e] = fmaf(fresh[n][e], factors[e / 2], sums[n][e]);
     }
     wait_products<0>();
   } else {
@@ -223,11 +306,11 @@ SDPA_DEVICE void add_tile(uint32_t (&operand)[S::kTile / 16][S::kWeightTerms][4]
 /// Runs over `count` tiles of keys from `begin` on: leaves grad_query without the scale, for the
 /// warp's rows from `warp_row` of the block on.
 template <typename S>
-SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
+SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k, const HeadFactors& factors,
                           const HopperBackwardTiles<S>& tiles, uint32_t warp_row, uint32_t begin,
                           uint32_t count, float (&sums)[S::kWidth / 8][4]) {
   const Call& call = g.forward.call;
-  const float scale = call.problem.scale * kLog2E, rescale = call.rescale();
+  const float scale = factors.of_scores<S>(call), rescale = factors.of_grads(call);
   const bool drops_scores = call.drops(Placement::scores);
   const bool drops_weights = call.drops(Placement::weights);
   const uint32_t group_row = warp_row / S::kGroupRows * S::kGroupRows;
@@ -240,17 +323,16 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     const uint32_t row = k.first_row + warp_row + 8 * h + lane_index() / 4;
     query[h] = row < g.forward.rows ? row : g.forward.rows - 1;
     seen[h] = visible_keys(k.visibility, query[h]);
-    shift[h] = exponent_shift(lse[h]);
+    shift[h] = exponent_shift<S>(lse[h]);
   }
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
-  uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
   KeepWords<S::kTile / 8> keep{};
   clear(weights);
   clear(grads);
   const auto begin_scores = [&](uint32_t i) {
     const uint32_t stage = i % S::kStages;
     wait_for(tiles.tile_full(stage), i / S::kStages % 2);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_row, tiles.tile(stage), weights);
+    begin_by_columns<S::kHalf>(tiles.owned(), group_row, tiles.tile(stage), weights);
     if (drops_scores || drops_weights) {
       keep.draw(call, k.b, k.first_head, query, begin + i * S::kTile);
     }
@@ -263,9 +345,8 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t stage = i % S::kStages, first = begin + i * S::kTile;
     wait_for(tiles.values_full(stage), i / S::kStages % 2);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_row, tiles.tile_values(stage),
-                                          grads);
-    weigh_by_lse(
+    begin_by_columns<S::kHalf>(tiles.owned_values(), group_row, tiles.tile_values(stage), grads);
+    weigh_by_lse<S>(
         scale, 0, [&](int, int e) { return shift[e / 2]; }, weights);
     if (first < k.all.begin || first + S::kTile > k.all.end) clear_unseen(seen, first, weights);
     if (drops_scores) drop_words(keep, 0.0f, weights);
@@ -274,8 +355,8 @@ SDPA_DEVICE void sum_keys(const BackwardCall& g, const ForwardBlock& k,
     if (drops_weights) drop_words(keep, 0.0f, grads);
     differentiate_weights(
         rescale, [&](int, int e) { return delta[e / 2]; }, weights, grads);
-    to_operand<S::kHalf>(grads, operand);
-    add_tile<S>(operand, tiles.tile(stage), sums, [&] { begin_scores(next_tile(i, count)); });
+    add_tile<S>(factors.key, grads, tiles.tile(stage), sums,
+                [&] { begin_scores(next_tile(i, count)); });
     hold(weights);
     release(tiles.stage_free(stage));
   }
@@ -287,9 +368,11 @@ hopper_query_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
   const BackwardCall& g = h.backward;
   const Problem& p = g.forward.call.problem;
   const ForwardBlock k = forward_block(g.forward, block_index().x, S::kRows, uint32_t{S::kWidth});
+  const HeadFactors factors = HeadFactors::of(h, k.b, k.first_head);
   const HopperBackwardTiles<S> tiles{shared_memory()};
   const uint32_t begin = k.any.begin / S::kTile * S::kTile;
-  const uint32_t count = k.any.begin < k.any.end ? divide_up(k.any.end - begin, S::kTile) : 0;
+  const uint32_t count =
+      factors.are_fit() && k.any.begin < k.any.end ? divide_up(k.any.end - begin, S::kTile) : 0;
   tiles.init(0);
   if (group_index() == 0) {
     give_registers<S::kProducerRegisters>();
@@ -302,7 +385,7 @@ hopper_query_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
     const uint32_t warp_row = (warp_index() - 4) * 16;
     float sums[S::kWidth / 8][4];
     clear(sums);
-    if (count > 0) sum_keys(g, k, tiles, warp_row, begin, count, sums);
+    if (count > 0) sum_keys(g, k, factors, tiles, warp_row, begin, count, sums);
     store_gradient(p.type, g.tensors.grad_query, 0, p.head_dim, p.scale, sums, [&](int half) {
       const uint32_t row = k.first_row + warp_row + 8 * half + lane_index() / 4;
       if (row >= g.forward.rows) return int64_t{-1};
@@ -312,7 +395,8 @@ hopper_query_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
     SDPA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = k.first_row + warp_row + 8 * half + lane_index() / 4;
-      store_state(h.states, k.unit, g.forward.rows, row, row_has_nan(sums, half));
+      store_state(h.states, k.unit, g.forward.rows, row,
+                  !factors.are_fit() || row_is_lost(sums, half));
     }
   }
 }
@@ -346,10 +430,12 @@ struct QueryTiles {
 
 /// Brings the sums of tiles of queries. By a warp, a lane for each two queries of which there are.
 template <typename S>
-SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
+SDPA_DEVICE void bring_sums(const HopperBackwardCall& h, const KeyBlock& k,
                             const HopperBackwardTiles<S>& tiles, const QueryTiles& queries) {
   static_assert(S::kTile / 2 <= kLanes);
-  const Problem& p = g.forward.call.problem;
+  const BackwardCall& g = h.backward;
+  const Call& call = g.forward.call;
+  const Problem& p = call.problem;
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < queries.count; ++i) {
     const uint32_t stage = i % S::kStages, turn = i / S::kStages;
@@ -360,13 +446,18 @@ SDPA_DEVICE void bring_sums(const BackwardCall& g, const KeyBlock& k,
       const uint32_t query = from.row + 2 * lane_index() + q;
       if (2 * lane_index() >= S::kTile || query >= p.query_length) continue;
       const size_t row = flat_row(p, k.b, from.head, query);
-      shift[q] = S::kWeightShift + exponent_shift(g.tensors.lse[row]);
+      shift[q] = S::kWeightShift + exponent_shift<S>(g.tensors.lse[row]);
       delta[q] = g.delta[row] * (1 / S::kRaise);
     }
     if (turn > 0) wait_for(tiles.stage_free(stage), (turn - 1) % 2);
     if (2 * lane_index() < S::kTile) {
       store_vector(tiles.sums(stage) + lane_index(),
                    {{to_bits(shift[0]), to_bits(shift[1]), to_bits(delta[0]), to_bits(delta[1])}});
+    }
+    if (S::kRaisesRows && lane_index() == 0) {
+      const HeadFactors f = HeadFactors::of(h, k.b, from.head);
+      store_vector(tiles.factors(stage), {{to_bits(f.of_scores<S>(call)), to_bits(f.of_grads(call)),
+                                           to_bits(f.query), to_bits(f.grad_output)}});
     }
     arrive(tiles.tile_full(stage));
   }
@@ -402,7 +493,7 @@ SDPA_DEVICE void weigh_queries(float scale, const QueryTiles& queries, uint32_t 
                                const KeyRange (&seen)[2], const Vector16* sums,
                                float (&scores)[S::kTile / 8][4]) {
   const auto shift = [&](int j, int e) { return from_bits(load_vector(sums + 4 * j).w[e % 2]); };
-  weigh_by_lse(scale, S::kWeightShift, shift, scores);
+  weigh_by_lse<S>(scale, S::kWeightShift, shift, scores);
   if (first_query < queries.all.begin || first_query + S::kTile > queries.all.end) {
     clear_unseen(seen, first_query, scores);
   }
@@ -427,7 +518,8 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
                              uint32_t warp_key, float (&sums)[S::kWidth / 8][4]) {
   const Call& call = g.forward.call;
   const Problem& p = call.problem;
-  const float scale = p.scale * kLog2E, rescale = call.rescale() * (1 / S::kRaise);
+  // Of scores, of gradients of weights, and of the tensor that is summed.
+  float scale = p.scale * kExponentUnit<S>, rescale = call.rescale() * (1 / S::kRaise), factor = 1;
   const bool drops_scores = call.drops(Placement::scores);
   const bool drops_weights = call.drops(Placement::weights);
   const uint32_t group_key = warp_key / S::kGroupRows * S::kGroupRows;
@@ -435,14 +527,13 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
   KeyRange seen[2];
   seen_by_queries(k, p, first_key, seen);
   float weights[S::kTile / 8][4], grads[S::kTile / 8][4];
-  uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
   KeepTransposed<S::kTile / 8> keep{0};
   clear(weights);
   clear(grads);
   const auto begin_scores = [&](uint32_t i) {
     const uint32_t stage = i % S::kStages;
     wait_for(tiles.tile_full(stage), i / S::kStages % 2);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
+    begin_by_columns<S::kHalf>(tiles.owned(), group_key, tiles.tile(stage), weights);
     if (drops_scores || drops_weights) {
       keep = draw_queries<S>(call, k, queries.at(i, S::kTile), first_key);
     }
@@ -455,23 +546,26 @@ SDPA_DEVICE void sum_queries(const BackwardCall& g, const KeyBlock& k,
   for (uint32_t i = 0; i < queries.count; ++i) {
     const uint32_t stage = i % S::kStages;
     const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
+    if constexpr (S::kRaisesRows) {
+      const Vector16 factors = load_vector(tiles.factors(stage));
+      scale = from_bits(factors.w[0]);
+      rescale = from_bits(factors.w[1]);
+      factor = from_bits(factors.w[kOfValues ? 3 : 2]);
+    }
     wait_for(tiles.values_full(stage), i / S::kStages % 2);
     if constexpr (!kOfValues) {
-      begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key,
-                                            tiles.tile_values(stage), grads);
+      begin_by_columns<S::kHalf>(tiles.owned_values(), group_key, tiles.tile_values(stage), grads);
     }
     weigh_queries<S>(scale, queries, queries.at(i, S::kTile).row, seen, row_sums, weights);
     if (drops_scores || (kOfValues && drops_weights)) drop_words(keep, 0.0f, weights);
-    if constexpr (kOfValues) {
-      to_operand<S::kHalf>(weights, operand);
-    } else {
+    if constexpr (!kOfValues) {
       wait_products<0>();
       hold(grads);
       if (drops_weights) drop_words(keep, 0.0f, grads);
       differentiate_queries<S>(rescale, row_sums, weights, grads);
-      to_operand<S::kHalf>(grads, operand);
     }
-    add_tile<S>(operand, kOfValues ? tiles.tile_values(stage) : tiles.tile(stage), sums,
+    add_tile<S>(factor, kOfValues ? weights : grads,
+                kOfValues ? tiles.tile_values(stage) : tiles.tile(stage), sums,
                 [&] { begin_scores(next_tile(i, queries.count)); });
     hold(weights);
     release(tiles.stage_free(stage));
@@ -486,7 +580,7 @@ SDPA_DEVICE void bring_queries(const HopperBackwardCall& h, const HopperBackward
     bring_sides(h, tiles, k.b, {k.kv_head, k.first_key}, queries.count,
                 [&](uint32_t i) { return queries.at(i, S::kTile); });
   } else if (warp_index() == 1) {
-    bring_sums(h.backward, k, tiles, queries);
+    bring_sums(h, k, tiles, queries);
   }
 }
 
@@ -506,15 +600,27 @@ SDPA_DEVICE void store_key_gradient(const BackwardCall& g, const KeyBlock& k, ui
   });
 }
 
-/// Writes the states of the warp's keys, those of a NaN alone where `adds`.
+/// Writes the states of the warp's keys, those that are lost alone where `adds`.
 SDPA_DEVICE void store_key_states(RowState* states, const Problem& p, const KeyBlock& k,
-                                  uint32_t warp_key, bool adds, const bool (&nan)[2]) {
+                                  uint32_t warp_key, bool adds, const bool (&lost)[2]) {
   SDPA_UNROLL
   for (int half = 0; half < 2; ++half) {
-    if (adds && !nan[half]) continue;
+    if (adds && !lost[half]) continue;
     store_state(states, size_t{k.b} * p.kv_heads + k.kv_head, p.key_length,
-                k.first_key + warp_key + 8 * half + lane_index() / 4, nan[half]);
+                k.first_key + warp_key + 8 * half + lane_index() / 4, lost[half]);
   }
+}
+
+/// Whether the terms of all heads that share the block's keys are fit.
+SDPA_DEVICE bool heads_are_fit(const HopperBackwardCall& h, const KeyBlock& k) {
+  const Problem& p = h.backward.forward.call.problem;
+  const uint32_t group = p.query_heads / p.kv_heads;
+  bool fit = true;
+  SDPA_NO_UNROLL
+  for (uint32_t i = 0; i < group; ++i) {
+    fit &= HeadFactors::of(h, k.b, k.kv_head * group + i).are_fit();
+  }
+  return fit;
 }
 
 /// The kernel of values is the first of the two: it writes all states, the other adds to them.
@@ -525,7 +631,9 @@ hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
   const Problem& p = g.forward.call.problem;
   const KeyBlock k = key_block(g, block_index().x, S::kRows, S::kWidth);
   const HopperBackwardTiles<S> tiles{shared_memory()};
-  const QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
+  const bool fit = heads_are_fit(h, k);
+  QueryTiles queries = QueryTiles::of(p, k, S::kRows, S::kTile);
+  if (!fit) queries.count = 0;
   tiles.init(kLanes);
   if (group_index() == 0) {
     give_registers<S::kProducerRegisters>();
@@ -537,8 +645,8 @@ hopper_key_gradients(const SDPA_PARAMETER HopperBackwardCall h) {
     clear(sums);
     if (queries.count > 0) sum_queries<S, kOfValues>(g, k, tiles, queries, warp_key, sums);
     store_key_gradient<S, kOfValues>(g, k, warp_key, sums);
-    const bool nan[2] = {row_has_nan(sums, 0), row_has_nan(sums, 1)};
-    store_key_states(h.states, p, k, warp_key, !kOfValues, nan);
+    const bool lost[2] = {!fit || row_is_lost(sums, 0), !fit || row_is_lost(sums, 1)};
+    store_key_states(h.states, p, k, warp_key, !kOfValues, lost);
   }
 }
 

@@ -14,8 +14,8 @@ namespace sdpa::cuda {
 // ------------------------------------------------------------------------------------------ shapes
 
 template <Half kHalf, int kWidth>
-struct HopperJointShape : HopperBackwardShape<kHalf, kWidth, 64> {
-  using Base = HopperBackwardShape<kHalf, kWidth, 64>;
+struct HopperJointShape : HopperBackwardShape<kHalf, 1, 1, kWidth, 64, false> {
+  using Base = HopperBackwardShape<kHalf, 1, 1, kWidth, 64, false>;
   /// Of grad_query, the columns that a warpgroup sums.
   static constexpr int kQueryColumns = kWidth / Base::kGroups;
   /// Score gradients, a row for each key: written for one tile while those before are read.
@@ -151,7 +151,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
   const auto begin_scores = [&](uint32_t i) {
     const uint32_t stage = i % S::kStages;
     wait_for(tiles.tile_full(stage), i / S::kStages % 2);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned(), group_key, tiles.tile(stage), weights);
+    begin_by_columns<S::kHalf>(tiles.owned(), group_key, tiles.tile(stage), weights);
   };
   wait_for(tiles.owned_full(), 0);
   begin_scores(0);
@@ -164,8 +164,7 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     const HeadRows from = queries.at(i, S::kTile);
     const Vector16* const row_sums = tiles.sums(stage) + lane_index() % 4;
     wait_for(tiles.values_full(stage), parity);
-    begin_by_columns<S::kHalf, S::kWidth>(tiles.owned_values(), group_key, tiles.tile_values(stage),
-                                          grads);
+    begin_by_columns<S::kHalf>(tiles.owned_values(), group_key, tiles.tile_values(stage), grads);
     weigh_queries<S>(scale, queries, from.row, seen, row_sums, weights);
     if (drops_scores) drop_words(keep, 0.0f, weights);
     if (drops_weights) {
@@ -189,8 +188,8 @@ SDPA_DEVICE void sum_jointly(const HopperJointCall& h, const KeyBlock& k,
     publish_writes();
     // Whoever comes here has waited for its products of the tile before.
     sync_consumers<S::kGroups * kGroupThreads>();
-    begin_query_sums<S>(shared_grads, tiles.owned(), group, query_sums);
-    begin_key_sums<S>(shared_grads, group_key, tiles.tile(stage), sums.key);
+    begin_query_sums<S>(shared_grads, tiles.owned().term(0), group, query_sums);
+    begin_key_sums<S>(shared_grads, group_key, tiles.tile(stage).term(0), sums.key);
     const uint32_t next = next_tile(i, queries.count);
     begin_scores(next);
     wait_products<2>();
@@ -225,13 +224,13 @@ hopper_joint_gradients(const SDPA_PARAMETER HopperJointCall h) {
     if (queries.count > 0) sum_jointly(h, k, tiles, queries, warp_key, sums);
     store_key_gradient<S, false>(g, k, warp_key, sums.key);
     store_key_gradient<S, true>(g, k, warp_key, sums.value);
-    bool nan[2];
+    bool lost[2];
     SDPA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      nan[half] = row_has_nan(sums.key, half);
-      nan[half] |= row_has_nan(sums.value, half);
+      lost[half] = row_is_lost(sums.key, half);
+      lost[half] |= row_is_lost(sums.value, half);
     }
-    store_key_states(h.sides.states, p, k, warp_key, false, nan);
+    store_key_states(h.sides.states, p, k, warp_key, false, lost);
   }
 }
 
@@ -268,7 +267,7 @@ store_query_sums(const SDPA_PARAMETER HopperJointCall h) {
   SDPA_UNROLL
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = first_row + 8 * half + lane_index() / 4;
-    store_state(h.query_states, unit, p.query_length, row, row_has_nan(sums, half));
+    store_state(h.query_states, unit, p.query_length, row, row_is_lost(sums, half));
   }
 }
 

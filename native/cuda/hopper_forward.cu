@@ -5,70 +5,15 @@
 namespace sdpa::cuda {
 namespace {
 
-/// How a call's tensors reach the kernels.
-int terms_of(const Problem& p) { return p.precision == Precision::highest ? 2 : 1; }
-
-/// The tensors of a call by number: query, key, value.
-struct HopperTensor {
-  const void* data;
-  uint32_t heads, length, width;
-};
-
-HopperTensor tensor_of(const Problem& p, const Inputs& in, int number) {
-  if (number == 0) return {in.query, p.query_heads, p.query_length, p.head_dim};
-  if (number == 1) return {in.key, p.kv_heads, p.key_length, p.head_dim};
-  return {in.value, p.kv_heads, p.key_length, p.value_dim};
-}
-
-/// Where things are in the workspace, in bytes.
-struct HopperWorkspace {
-  size_t terms[3] = {}, extremes[3] = {}, factors[3] = {}, states = 0, bytes = 0;
-
-  explicit HopperWorkspace(const Problem& p) {
-    for (int i = 0; i < 3 && p.type == Type::float32; ++i) {
-      const HopperTensor t = tensor_of(p, {}, i);
-      const size_t units = size_t{p.batch} * t.heads, chunks = divide_up(t.length, kTermRows);
-      terms[i] = take(units * terms_of(p) * t.length * term_width(t.width) * 2);
-      extremes[i] = take(units * chunks * kTermWarps * 2 * sizeof(uint32_t));
-      factors[i] = take(units * sizeof(float));
-    }
-    states = take(size_t{p.batch} * p.query_heads * p.query_length);
-  }
-
- private:
-  size_t take(size_t size) {
-    const size_t at = bytes;
-    bytes += (size + 15) / 16 * 16;
-    return at;
-  }
-};
-
-MappedTensor mapped_terms(const Problem& p, const HopperTensor& t, const uint16_t* terms) {
-  const uint32_t width = term_width(t.width), heads = t.heads * terms_of(p);
-  const uint64_t row = 2 * uint64_t{width}, plane = row * t.length;
-  return {terms, {width, t.length, heads, p.batch}, {row, plane, plane * heads}};
-}
-
-/// Writes float32 tensors as terms, and maps those.
-int start_split(HopperCall& h, const HopperWorkspace& at, unsigned char* workspace,
-                MappedTensor (&maps)[3], const DeviceLimits& limits, Stream stream) {
-  const Problem& p = h.forward.call.problem;
-  TermsCall c{h.forward.call, {}, uint32_t(terms_of(p))};
-  for (int i = 0; i < 3; ++i) {
-    const HopperTensor t = tensor_of(p, h.forward.call.inputs, i);
-    c.tensors[i] = {static_cast<const float*>(t.data),
-                    t.heads,
-                    t.length,
-                    t.width,
-                    i > 0,
-                    divide_up(t.length, kTermRows),
-                    reinterpret_cast<uint32_t*>(workspace + at.extremes[i]),
-                    reinterpret_cast<float*>(workspace + at.factors[i]),
-                    reinterpret_cast<uint16_t*>(workspace + at.terms[i])};
-    maps[i] = mapped_terms(p, t, c.tensors[i].terms);
-  }
-  h.factors = {c.tensors[0].factors, c.tensors[1].factors, c.tensors[2].factors};
-  return start_terms(c, limits, stream);
+/// The tensors of a call as terms; unless they are float32, there are none.
+TermsCall terms_call(const Call& call) {
+  const Problem& p = call.problem;
+  TermsCall c{call, {}, 0, terms_of(p)};
+  if (p.type != Type::float32) return c;
+  c.add(call.inputs.query, p.query_heads, p.query_length, p.head_dim, false);
+  c.add(call.inputs.key, p.kv_heads, p.key_length, p.head_dim, true);
+  c.add(call.inputs.value, p.kv_heads, p.key_length, p.value_dim, true);
+  return c;
 }
 
 template <typename S>
@@ -110,24 +55,31 @@ int start_width(HopperCall& h, const MappedTensor (&tensors)[3], const DeviceLim
 
 }  // namespace
 
-size_t hopper_forward_workspace(const Problem& p) { return HopperWorkspace(p).bytes; }
+size_t hopper_forward_workspace(const Problem& p) {
+  TermsCall c = terms_call({p, {}, {}});
+  return place_terms(c, nullptr) + size_t{p.batch} * p.query_heads * p.query_length;
+}
 
 int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& limits,
                          Stream stream) {
   const Problem& p = f.call.problem;
-  const HopperWorkspace at(p);
+  const Inputs& in = f.call.inputs;
   unsigned char* const bytes = static_cast<unsigned char*>(workspace);
-  HopperCall h{f, {}, {}, {}, {}, reinterpret_cast<RowState*>(bytes + at.states)};
-  MappedTensor tensors[3];
+  TermsCall c = terms_call(f.call);
+  HopperCall h{f, {}, {}, {}, {}, reinterpret_cast<RowState*>(bytes + place_terms(c, bytes))};
+  MappedTensor tensors[3] = {
+      mapped(p, in.query, p.query_heads, p.query_length, p.head_dim),
+      mapped(p, in.key, p.kv_heads, p.key_length, p.head_dim),
+      mapped(p, in.value, p.kv_heads, p.key_length, p.value_dim),
+  };
   int error = kSuccess;
-  if (p.type == Type::float32) {
-    error = start_split(h, at, bytes, tensors, limits, stream);
-  } else {
-    for (int i = 0; i < 3; ++i) {
-      const HopperTensor t = tensor_of(p, f.call.inputs, i);
-      tensors[i] = mapped(p, t.data, t.heads, t.length, t.width);
-      if (!tensors[i].is_mappable()) return kNotTaken;
-    }
+  if (c.count > 0) {
+    for (int i = 0; i < c.count; ++i) tensors[i] = mapped_terms(c, c.tensors[i]);
+    h.factors = {c.tensors[0].factors, c.tensors[1].factors, c.tensors[2].factors};
+    error = start_terms(c, limits, stream);
+  }
+  for (const MappedTensor& tensor : tensors) {
+    if (!tensor.is_mappable()) return kNotTaken;
   }
   if (error == kSuccess) {
     if (p.type == Type::bfloat16) {

@@ -43,16 +43,21 @@ struct HopperShape {
   /// they have no registers left for it.
   static constexpr bool kTakesTurns = kGroups == 2;
 
-  static constexpr size_t kQueryBytes = kTerms * PanelTile::bytes(kRows, kWidth);
-  static constexpr size_t kTileBytes = kTerms * PanelTile::bytes(kKeys, kWidth);
+  using Tile = TermTile<kTerms, kWidth>;
+  static constexpr size_t kQueryBytes = Tile::bytes(kRows), kTileBytes = Tile::bytes(kKeys);
   static constexpr size_t kSharedBytes =
       kQueryBytes + 2 * kStages * kTileBytes + (1 + 4 * kStages) * sizeof(Barrier);
+};
+
+/// What terms are multiplied by, or 0: [batch, heads] of each tensor; null: tensors are no terms.
+struct ForwardFactors {
+  const float *query, *key, *value;
 };
 
 struct HopperCall {
   ForwardCall forward;
   TensorMap query, key, value;  // terms of a head one after the other, as heads
-  TermFactors factors;
+  ForwardFactors factors;
   RowState* states;  // as ForwardCall's, to be written
 };
 
@@ -61,13 +66,9 @@ template <typename S>
 struct HopperTiles {
   unsigned char* shared;
 
-  SDPA_DEVICE PanelTile queries(uint32_t term) const {
-    return {shared + term * (S::kQueryBytes / S::kTerms), S::kRows};
-  }
-  SDPA_DEVICE PanelTile keys(uint32_t stage, uint32_t term) const { return tile(2 * stage, term); }
-  SDPA_DEVICE PanelTile values(uint32_t stage, uint32_t term) const {
-    return tile(2 * stage + 1, term);
-  }
+  SDPA_DEVICE typename S::Tile queries() const { return {shared, S::kRows}; }
+  SDPA_DEVICE typename S::Tile keys(uint32_t stage) const { return tile(2 * stage); }
+  SDPA_DEVICE typename S::Tile values(uint32_t stage) const { return tile(2 * stage + 1); }
   SDPA_DEVICE Barrier* queries_full() const {
     return reinterpret_cast<Barrier*>(shared + S::kQueryBytes + 2 * S::kStages * S::kTileBytes);
   }
@@ -87,9 +88,8 @@ struct HopperTiles {
   }
 
  private:
-  SDPA_DEVICE PanelTile tile(uint32_t number, uint32_t term) const {
-    return {shared + S::kQueryBytes + number * S::kTileBytes + term * (S::kTileBytes / S::kTerms),
-            S::kKeys};
+  SDPA_DEVICE typename S::Tile tile(uint32_t number) const {
+    return {shared + S::kQueryBytes + number * S::kTileBytes, S::kKeys};
   }
 };
 
@@ -100,27 +100,16 @@ template <typename S>
 SDPA_DEVICE void bring_tiles(const HopperCall& h, const ForwardBlock& k,
                              const HopperTiles<S>& tiles, uint32_t begin, uint32_t count) {
   arrive_and_expect(tiles.queries_full(), S::kQueryBytes);
-  SDPA_UNROLL
-  for (uint32_t t = 0; t < S::kTerms; ++t) {
-    tiles.queries(t).copy(h.query, tiles.queries_full(), S::kWidth, k.first_row,
-                          k.first_head * S::kTerms + t, k.b);
-  }
+  tiles.queries().copy(h.query, tiles.queries_full(), k.first_row, k.first_head, k.b);
   SDPA_NO_UNROLL
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t stage = i % S::kStages, turn = i / S::kStages, key = begin + i * S::kKeys;
-    const uint32_t head = k.kv_head * S::kTerms;
     if (turn > 0) wait_for(tiles.keys_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.keys_full(stage), S::kTileBytes);
-    SDPA_UNROLL
-    for (uint32_t t = 0; t < S::kTerms; ++t) {
-      tiles.keys(stage, t).copy(h.key, tiles.keys_full(stage), S::kWidth, key, head + t, k.b);
-    }
+    tiles.keys(stage).copy(h.key, tiles.keys_full(stage), key, k.kv_head, k.b);
     if (turn > 0) wait_for(tiles.values_free(stage), (turn - 1) % 2);
     arrive_and_expect(tiles.values_full(stage), S::kTileBytes);
-    SDPA_UNROLL
-    for (uint32_t t = 0; t < S::kTerms; ++t) {
-      tiles.values(stage, t).copy(h.value, tiles.values_full(stage), S::kWidth, key, head + t, k.b);
-    }
+    tiles.values(stage).copy(h.value, tiles.values_full(stage), key, k.kv_head, k.b);
   }
 }
 
@@ -141,47 +130,11 @@ struct HopperRows {
   float kept[2];           // the sum of what weights dropout keeps, where tracks_kept
 };
 
-/// Calls body(i, j) for the pairs of terms whose products count, the smallest first (tile.cuh).
-template <int kTermsA, int kTermsB, typename Body>
-SDPA_DEVICE void each_pair(const Body& body) {
-  SDPA_UNROLL
-  for (int sum = (kTermsA > kTermsB ? kTermsA : kTermsB) - 1; sum >= 0; --sum) {
-    SDPA_UNROLL
-    for (int i = 0; i < kTermsA; ++i) {
-      if (i <= sum && sum - i < kTermsB) body(i, sum - i);
-    }
-  }
-}
-
-/// scores = queries . keys of one tile, begun.
-template <typename S>
-SDPA_DEVICE void begin_scores(const HopperTiles<S>& tiles, uint32_t group, uint32_t stage,
-                              float (&scores)[S::kKeyTiles][4]) {
-  hold(scores);
-  begin_products();
-  bool adds = false;
-  each_pair<S::kTerms, S::kTerms>([&](int i, int j) {
-    multiply_by_columns<S::kHalf, S::kWidth>(tiles.queries(i), group * S::kGroupRows,
-                                             tiles.keys(stage, j), adds, scores);
-    adds = true;
-  });
-  commit_products();
-}
-
 /// context += weights . values of one tile, begun; `fresh` is set instead where S::kFresh.
 template <typename S>
 SDPA_DEVICE void begin_context(const HopperTiles<S>& tiles, uint32_t stage,
                                WeightOperand<S>& weights, Context<S>& context, Context<S>& fresh) {
-  Context<S>& sums = S::kFresh ? fresh : context;
-  hold(weights);
-  hold(sums);
-  begin_products();
-  bool adds = !S::kFresh;
-  each_pair<S::kWeightTerms, S::kTerms>([&](int i, int j) {
-    multiply_by_rows<S::kHalf>(weights, i, tiles.values(stage, j), adds, sums);
-    adds = true;
-  });
-  commit_products();
+  begin_by_rows<S::kHalf>(weights, tiles.values(stage), !S::kFresh, S::kFresh ? fresh : context);
 }
 
 /// Waits for what begin_context began, and adds what is fresh.
@@ -275,7 +228,7 @@ SDPA_DEVICE void finish_scores(const ForwardCall& f, const ForwardBlock& k, uint
 template <typename S>
 SDPA_DEVICE void clear_nonfinite(const HopperTiles<S>& tiles, uint32_t stage) {
   const uint32_t exponent = S::kHalf == Half::float16 ? 0x7c00 : 0x7f80;
-  uint16_t* const data = reinterpret_cast<uint16_t*>(tiles.values(stage, 0).data);
+  uint16_t* const data = reinterpret_cast<uint16_t*>(tiles.values(stage).data);
   for (uint32_t i = thread_index() % kGroupThreads; i < S::kTileBytes / 2; i += kGroupThreads) {
     if ((data[i] & exponent) == exponent) data[i] = 0;
   }
@@ -295,6 +248,9 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   WeightOperand<S> weights;
   Context<S> fresh;
   KeepWords<S::kKeyTiles> keep{};
+  const auto begin_scores = [&](uint32_t stage) {
+    begin_by_columns<S::kHalf>(tiles.queries(), group * S::kGroupRows, tiles.keys(stage), scores);
+  };
   const auto begin_values = [&](uint32_t i) {
     const uint32_t stage = i % S::kStages;
     wait_for(tiles.values_full(stage), i / S::kStages % 2);
@@ -312,7 +268,7 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
   if (S::kFresh) clear(fresh);
   wait_for(tiles.queries_full(), 0);
   wait_for(tiles.keys_full(0), 0);
-  begin_scores<S>(tiles, group, 0, scores);
+  begin_scores(0);
   if (draws) keep.draw(call, k.b, rows.head, rows.query, begin);
   wait_products<0>();
   hold(scores);
@@ -326,7 +282,7 @@ SDPA_DEVICE void attend(const ForwardCall& f, const ForwardBlock& k, const Hoppe
     const uint32_t stage = i % S::kStages;
     if constexpr (kTakesTurns) take_turn();
     wait_for(tiles.keys_full(stage), i / S::kStages % 2);
-    begin_scores<S>(tiles, group, stage, scores);
+    begin_scores(stage);
     begin_values(i - 1);
     if constexpr (kTakesTurns) pass_turn<S::kGroups>();
     if (draws) keep.draw(call, k.b, rows.head, rows.query, begin + i * S::kKeys);

@@ -18,10 +18,10 @@ struct TermBlock {
     const Problem& p = c.call.problem;
     TermBlock k;
     SDPA_UNROLL
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < kMostTermTensors; ++i) {
       k.tensor = c.tensors[i];
       const uint32_t blocks = p.batch * k.tensor.heads * k.tensor.chunks;
-      if (i == 2 || number < blocks) break;
+      if (i + 1 == c.count || number < blocks) break;
       number -= blocks;
     }
     const TermTensor& t = k.tensor;
@@ -75,7 +75,8 @@ SDPA_KERNEL(kTermWarps* kLanes, 1) measure_rows(const SDPA_PARAMETER TermsCall c
   to[1] = smallest;
 }
 
-/// What a head's terms are multiplied by, from its extremes; 0: it is not fit.
+/// What a head's terms are multiplied by, from its extremes; 0: it is not fit. The product of two
+/// is a normal number.
 SDPA_DEVICE float term_factor(const TermBlock& k) {
   uint32_t largest = 0, smallest_down = 0;
   for (uint32_t i = lane_index(); i < k.tensor.chunks * kTermWarps; i += kLanes) {
@@ -85,8 +86,9 @@ SDPA_DEVICE float term_factor(const TermBlock& k) {
   }
   largest = warp_largest(largest);
   const uint32_t smallest = ~warp_largest(smallest_down);
+  if (largest == 0) return 1.0f;
   const int exponent = int(largest >> 23) - 127, lowest = int(smallest >> 23) - 127;
-  if (exponent > 60 || exponent < -60 || lowest < exponent - 16) return 0.0f;
+  if (exponent > 48 || exponent < -48 || lowest < exponent - 16) return 0.0f;
   return from_bits(uint32_t(127 + exponent - 14) << 23);
 }
 
@@ -115,10 +117,36 @@ SDPA_KERNEL(kTermWarps* kLanes, 1) write_terms(const SDPA_PARAMETER TermsCall c)
 
 }  // namespace
 
+size_t place_terms(TermsCall& c, unsigned char* workspace) {
+  size_t bytes = 0;
+  const auto take = [&](size_t size) {
+    const size_t at = bytes;
+    bytes += (size + 15) / 16 * 16;
+    return workspace ? workspace + at : nullptr;
+  };
+  for (int i = 0; i < c.count; ++i) {
+    TermTensor& t = c.tensors[i];
+    const size_t units = size_t{c.call.problem.batch} * t.heads;
+    t.chunks = divide_up(t.length, kTermRows);
+    t.terms = reinterpret_cast<uint16_t*>(
+        take(units * c.terms * t.length * term_width(t.width) * sizeof(uint16_t)));
+    t.extremes =
+        reinterpret_cast<uint32_t*>(take(units * t.chunks * kTermWarps * 2 * sizeof(uint32_t)));
+    t.factors = reinterpret_cast<float*>(take(units * sizeof(float)));
+  }
+  return bytes;
+}
+
+MappedTensor mapped_terms(const TermsCall& c, const TermTensor& t) {
+  const uint32_t width = term_width(t.width), heads = t.heads * c.terms;
+  const uint64_t row = 2 * uint64_t{width}, plane = row * t.length;
+  return {t.terms, {width, t.length, heads, c.call.problem.batch}, {row, plane, plane * heads}};
+}
+
 int start_terms(const TermsCall& c, const DeviceLimits& limits, Stream stream) {
   uint64_t blocks = 0;
-  for (const TermTensor& t : c.tensors) {
-    blocks += uint64_t{c.call.problem.batch} * t.heads * t.chunks;
+  for (int i = 0; i < c.count; ++i) {
+    blocks += uint64_t{c.call.problem.batch} * c.tensors[i].heads * c.tensors[i].chunks;
   }
   if (blocks > 0x7fffffff) return kInvalidConfiguration;
   const Index3 grid = {uint32_t(blocks), 1, 1};

@@ -66,11 +66,9 @@ inline bool hopper_takes_forward(const Problem& p, const DeviceLimits& limits) {
          (p.type == Type::float32 || has_whole_pieces(p));
 }
 inline bool hopper_takes_backward(const Problem& p, const DeviceLimits& limits) {
-  const uint32_t width = std::max(p.head_dim, p.value_dim);
-  // Three terms of bfloat16 hold a score gradient, those of float16 have not the range.
-  const bool takes =
-      p.precision == Precision::highest ? p.type == Type::bfloat16 && width <= 128 : width <= 256;
-  return hopper_takes(p, limits) && takes && has_whole_pieces(p);
+  const bool is_exact = p.type == Type::float32 || p.precision == Precision::highest;
+  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= (is_exact ? 128 : 256) &&
+         (p.type == Type::float32 || has_whole_pieces(p));
 }
 
 /// For calls that hopper_takes_forward(): sets f.states. kNotTaken: a tensor's address is not what
@@ -83,6 +81,7 @@ constexpr int kNotTaken = -1;
 /// What the backward kernels for Hopper write for themselves and for others, in workspace.
 struct HopperBackwardWorkspace {
   void* kept_grad_output;  // as grad_output, if dropout is of the context
+  void* terms;             // hopper_backward_terms() bytes
   RowState* states;        // as ForwardCall's
   RowState* key_states;    // as BackwardCall's
   float* query_sums;       // of grad_query in float32, rows rounded up to kQuerySumsTile
@@ -92,11 +91,12 @@ constexpr uint32_t kQuerySumsTile = 64, kQuerySumsTurns = 2;
 /// The columns of query_sums; 0: each gradient has a kernel, and there are none.
 inline uint32_t hopper_query_sums_width(const Problem& p) {
   const uint32_t width = std::max(p.head_dim, p.value_dim);
-  if (p.precision == Precision::highest || width > 128) return 0;
+  if (p.type == Type::float32 || p.precision == Precision::highest || width > 128) return 0;
   return width <= 64 ? 64 : 128;
 }
 
 /// The same for gradients.
+size_t hopper_backward_terms(const Problem& p);
 int start_hopper_backward(const BackwardCall& g, const HopperBackwardWorkspace& workspace,
                           const DeviceLimits& limits, Stream stream);
 

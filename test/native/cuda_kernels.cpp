@@ -763,10 +763,8 @@ void check_special(Type type, Precision precision, uint32_t width, double poison
   Forward clean;
   clean.run(c, false);
   // The gradients of Hopper's kernels are computed again, where they are NaN, by others.
-  const double tolerance = hopper && (type == Type::bfloat16 ||
-                                      (type == Type::float16 && precision != Precision::highest))
-                               ? 0x1p-6
-                               : 0;
+  const bool fine = type == Type::float32 && precision == Precision::highest;
+  const double tolerance = !hopper ? 0 : fine ? 0x1p-18 : 0x1p-6;
   const auto agree = [=](double a, double b) {
     return same(a, b) || std::fabs(a - b) <= tolerance;
   };
@@ -859,12 +857,13 @@ void check_dropped_infinity(uint32_t width) {
   }
 }
 
-/// The last row of a tensor (0 query, 1 key, 2 value) is the others' times a factor: those that do
-/// not see it are as exact as ever.
+/// The last row of a tensor (0 query, 1 key, 2 value, 3 grad_output) is the others' times a factor,
+/// that of the second head where there are two: those that do not see it are as exact as ever.
 void check_outlier(uint32_t number, double factor) {
   Case c;
   Problem& p = c.p;
-  p.batch = p.query_heads = p.kv_heads = 1;
+  p.batch = p.kv_heads = 1;
+  p.query_heads = 2;
   p.query_length = p.key_length = 70;
   p.head_dim = p.value_dim = 64;
   p.mask_batch = p.mask_heads = p.mask_queries = p.mask_keys = 1;
@@ -872,20 +871,23 @@ void check_outlier(uint32_t number, double factor) {
   p.is_causal = 1;
   p.window_left = p.window_right = -1;
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
-  c.backward = false;
   Random r(18);
-  for (Buffer* b : {&c.query, &c.key, &c.value}) {
-    *b = Buffer(Type::float32, 70 * 64);
+  Buffer* const tensors[4] = {&c.query, &c.key, &c.value, &c.grad_output};
+  for (Buffer* b : tensors) {
+    *b = Buffer(Type::float32, (b == &c.key || b == &c.value ? 1 : 2) * 70 * 64);
     r.fill(*b, 1);
   }
-  Buffer& tensor = number == 0 ? c.query : number == 1 ? c.key : c.value;
+  Buffer& tensor = *tensors[number];
   for (size_t i = tensor.count - 64; i < tensor.count; ++i) tensor.set(i, tensor.at(i) * factor);
-  check_forward(c, Reference(c));
+  const Reference reference(c);
+  check_forward(c, reference);
+  check_backward(c, reference);
 }
 
-/// Gradients of a call for Hopper's kernels, which `change` changes.
-template <typename Change>
-void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change) {
+/// Gradients of a call for Hopper's kernels: `change` changes the call, `changes_data` its tensors.
+template <typename Change, typename ChangeData>
+void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change,
+                           const ChangeData& change_data) {
   Case c;
   Problem& p = c.p;
   p.batch = p.query_heads = p.kv_heads = 1;
@@ -898,13 +900,71 @@ void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change
   p.window_left = p.window_right = -1;
   c.limits = {90, 8, 227 * 1024, size_t{1} << 22, true};
   change(c);
-  c.query = Buffer(p.type, size_t{queries} * p.head_dim);
-  c.key = Buffer(p.type, size_t{keys} * p.head_dim);
-  c.value = Buffer(p.type, size_t{keys} * p.value_dim);
-  c.grad_output = Buffer(p.type, size_t{queries} * p.value_dim);
+  c.query = Buffer(p.type, size_t{p.query_heads} * queries * p.head_dim);
+  c.key = Buffer(p.type, size_t{p.kv_heads} * keys * p.head_dim);
+  c.value = Buffer(p.type, size_t{p.kv_heads} * keys * p.value_dim);
+  c.grad_output = Buffer(p.type, size_t{p.query_heads} * queries * p.value_dim);
   Random r(19);
   for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
+  change_data(c);
   check_backward(c, Reference(c));
+}
+template <typename Change>
+void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change) {
+  check_hopper_backward(queries, keys, change, [](Case&) {});
+}
+
+/// Multiplies element i by factor(i).
+template <typename Factor>
+void multiply(Buffer& tensor, const Factor& factor) {
+  for (size_t i = 0; i < tensor.count; ++i) tensor.set(i, tensor.at(i) * factor(i));
+}
+
+/// Float32 gradients whose tensors, heads or rows are of very different sizes, or 0.
+void check_sizes() {
+  const auto check = [](const auto& change_data) {
+    const auto change = [](Case& c) {
+      c.p.type = c.p.key_type = Type::float32;
+      c.p.precision = Precision::highest;
+      c.p.query_heads = 4;
+      c.p.kv_heads = 2;
+    };
+    check_hopper_backward(100, 150, change, change_data);
+  };
+  constexpr size_t kRow = 64, kHead = 100 * kRow, kKeyHead = 150 * kRow;
+  for (const double size : {0x1p-40, 0x1p40}) {
+    check([=](Case& c) { multiply(c.grad_output, [=](size_t) { return size; }); });
+    check([=](Case& c) { multiply(c.value, [=](size_t) { return size; }); });
+    check([=](Case& c) {
+      multiply(c.grad_output, [=](size_t) { return size; });
+      multiply(c.value, [=](size_t) { return size; });
+    });
+    check([=](Case& c) {
+      multiply(c.query, [=](size_t) { return size; });
+      multiply(c.key, [=](size_t) { return 1 / size; });
+      multiply(c.grad_output, [=](size_t i) { return i < kHead ? size : 1.0; });
+    });
+  }
+  check([](Case& c) {
+    multiply(c.key, [](size_t i) { return i < kKeyHead ? 1.0 : 0x1p3; });
+    multiply(c.value, [](size_t i) { return i < kKeyHead ? 0x1p20 : 1.0; });
+  });
+  // Too small for terms, but not for a gradient.
+  check([](Case& c) {
+    for (Buffer* b : {&c.value, &c.grad_output}) multiply(*b, [](size_t) { return 0x1p-52; });
+    multiply(c.query, [](size_t) { return 0x1p10; });
+    multiply(c.key, [](size_t) { return 0x1p-10; });
+  });
+  check([](Case& c) { multiply(c.grad_output, [](size_t i) { return i < kHead ? 0.0 : 1.0; }); });
+  check([](Case& c) {
+    multiply(c.grad_output, [](size_t i) { return std::ldexp(1.0, -int(i / kRow % 15)); });
+    multiply(c.value, [](size_t i) { return std::ldexp(1.0, -int(i / kRow % 13)); });
+  });
+  // Weights from 1 to far below what float16 holds.
+  check([](Case& c) {
+    multiply(c.query, [](size_t) { return 8.0; });
+    multiply(c.key, [](size_t i) { return std::ldexp(1.0, -int(i / kRow % 11)); });
+  });
 }
 
 /// One key takes the whole weight of every row, by scores whose rounding alone is worth powers of
@@ -960,10 +1020,12 @@ void check_all_special() {
     Type type;
     Precision precision;
     uint32_t head_dim, value_dim;
-  } singles[] = {{Type::float16, Precision::high, 256, 136},
-                 {Type::bfloat16, Precision::medium, 200, 256},
-                 {Type::bfloat16, Precision::highest, 128, 72},
-                 {Type::bfloat16, Precision::highest, 64, 40}};
+  } singles[] = {
+      {Type::float16, Precision::high, 256, 136},    {Type::bfloat16, Precision::medium, 200, 256},
+      {Type::bfloat16, Precision::highest, 128, 72}, {Type::bfloat16, Precision::highest, 64, 40},
+      {Type::float16, Precision::highest, 128, 80},  {Type::float16, Precision::highest, 48, 64},
+      {Type::float32, Precision::highest, 67, 128},  {Type::float32, Precision::highest, 64, 33},
+      {Type::float32, Precision::high, 128, 100},    {Type::float32, Precision::medium, 24, 61}};
   for (const auto& one : singles) {
     for (const Placement placement : {Placement::weights, Placement::scores, Placement::context}) {
       check_hopper_backward(100, 150, [&](Case& c) {
@@ -984,7 +1046,11 @@ void check_all_special() {
   }
   check_dropped_infinity(64);
   check_dropped_infinity(256);
-  for (uint32_t number = 0; number < 3; ++number) check_outlier(number, 0x1p40);
+  for (uint32_t number = 0; number < 4; ++number) {
+    check_outlier(number, 0x1p10);
+    check_outlier(number, 0x1p40);
+  }
+  check_sizes();
 
   const double nan = std::nan("");
   for (const Type type : {Type::float32, Type::float16, Type::bfloat16}) {
