@@ -43,7 +43,7 @@ struct BackwardWorkspace {
 
   BackwardWorkspace(const Problem& p, const DeviceLimits& limits)
       : delta(size_t(rows_of_call(p)) * sizeof(float)) {
-    if (!hopper_takes_backward(p, limits)) return;
+    if (!hopper_takes(p, limits)) return;
     const bool keeps = p.dropout_p > 0 && p.dropout_placement == Placement::context;
     if (keeps) kept = output_size(p) * size_of(p.type);
     if (const uint32_t width = hopper_query_sums_width(p)) {
@@ -74,7 +74,7 @@ int start_portable(const BackwardCall& g, const DeviceLimits& limits, Stream str
 int start_gradients(BackwardCall g, const HopperBackwardWorkspace& workspace,
                     const DeviceLimits& limits, Stream stream) {
   const Call& call = g.forward.call;
-  if (hopper_takes_backward(call.problem, limits) && !call.inputs.keep_mask) {
+  if (hopper_takes(call.problem, limits) && !call.inputs.keep_mask) {
     const int error = start_hopper_backward(g, workspace, limits, stream);
     if (error != kSuccess && error != kNotTaken) return error;
     if (error == kSuccess) {

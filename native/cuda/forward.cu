@@ -84,7 +84,7 @@ struct ForwardWorkspace {
       sums = rows_of_call(p) * splits * 2;
     }
     if (wants_matrices(wanted) && !wanted.lse) lse = rows_of_call(p);
-    if (hopper_takes_forward(p, limits)) hopper = hopper_forward_workspace(p);
+    if (hopper_takes(p, limits)) hopper = hopper_forward_workspace(p);
   }
   size_t hopper_at() const { return ((context + sums + lse) * sizeof(float) + 15) / 16 * 16; }
   size_t bytes() const { return hopper_at() + hopper; }
@@ -122,7 +122,7 @@ int start_portable(const ForwardCall& f, const DeviceLimits& limits, Stream stre
 
 /// `workspace` is for Hopper's kernels.
 int start_contexts(ForwardCall f, void* workspace, const DeviceLimits& limits, Stream stream) {
-  if (hopper_takes_forward(f.call.problem, limits) && !f.call.inputs.keep_mask) {
+  if (hopper_takes(f.call.problem, limits) && !f.call.inputs.keep_mask) {
     const int error = start_hopper_forward(f, workspace, limits, stream);
     if (error != kSuccess && error != kNotTaken) return error;
   }

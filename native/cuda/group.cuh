@@ -124,13 +124,15 @@ SDPA_DEVICE void multiply_by_columns(const PanelTile& rows, uint32_t row, const 
   }
 }
 
-/// The same of a term of an operand and a tile whose rows are the depth.
+/// The same of a term of an operand and columns from `column` on of a tile whose rows are the
+/// depth.
 template <Half kHalf, int kSteps, int kTerms, int kTiles>
 SDPA_DEVICE void multiply_by_rows(const uint32_t (&operand)[kSteps][kTerms][4], int term,
-                                  const PanelTile& tile, bool adds, float (&sums)[kTiles][4]) {
+                                  const PanelTile& tile, uint32_t column, bool adds,
+                                  float (&sums)[kTiles][4]) {
   SDPA_UNROLL
   for (uint32_t s = 0; s < kSteps; ++s) {
-    multiply_registers<kHalf>(sums, operand[s][term], tile.by_rows(s), adds || s > 0);
+    multiply_registers<kHalf>(sums, operand[s][term], tile.by_rows(s, column), adds || s > 0);
   }
 }
 
@@ -181,16 +183,17 @@ SDPA_DEVICE void begin_by_columns(const TermTile<kTerms, kWidth>& rows, uint32_t
   commit_products();
 }
 
-/// sums += operand . tile, whose rows are the depth, begun; sums are set where not `adds`.
+/// sums += operand . columns from `column` on of a tile, whose rows are the depth, begun; sums are
+/// set where not `adds`.
 template <Half kHalf, int kSteps, int kWeightTerms, int kTerms, uint32_t kWidth, int kTiles>
 SDPA_DEVICE void begin_by_rows(uint32_t (&operand)[kSteps][kWeightTerms][4],
                                const TermTile<kTerms, kWidth>& tile, bool adds,
-                               float (&sums)[kTiles][4]) {
+                               float (&sums)[kTiles][4], uint32_t column = 0) {
   hold(operand);
   hold(sums);
   begin_products();
   each_pair<kWeightTerms, kTerms>([&](int i, int j) {
-    multiply_by_rows<kHalf>(operand, i, tile.term(j), adds, sums);
+    multiply_by_rows<kHalf>(operand, i, tile.term(j), column, adds, sums);
     adds = true;
   });
   commit_products();

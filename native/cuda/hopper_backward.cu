@@ -135,17 +135,22 @@ int start_singles(BackwardCall g, const Tensors& tensors, const HopperBackwardWo
                          key_blocks, limits, stream);
 }
 
-/// For heads to 128 wide, and where each tile is summed by itself.
+/// Float32 and `highest`.
 template <Half kHalf, int kTerms, int kWeightTerms>
-int start_fresh(const BackwardCall& g, const Tensors& tensors,
-                const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
-                Stream stream) {
+int start_precise(const BackwardCall& g, const Tensors& tensors,
+                  const HopperBackwardWorkspace& workspace, const DeviceLimits& limits,
+                  Stream stream) {
   using Narrow = HopperBackwardShape<kHalf, kTerms, kWeightTerms, 64, 64, true>;
   using Wide = HopperBackwardShape<kHalf, kTerms, kWeightTerms, 128, 32, true>;
   const Problem& p = g.forward.call.problem;
-  return std::max(p.head_dim, p.value_dim) <= 64
-             ? start_singles<Narrow>(g, tensors, workspace, limits, stream)
-             : start_singles<Wide>(g, tensors, workspace, limits, stream);
+  const uint32_t width = std::max(p.head_dim, p.value_dim);
+  if (width <= 64) return start_singles<Narrow>(g, tensors, workspace, limits, stream);
+  if constexpr (kTerms == 1) {
+    // Terms of bfloat16 need no tiles by themselves for the bits of a bfloat16 result.
+    using Widest = HopperBackwardShape<kHalf, 1, kWeightTerms, 256, 32, kHalf == Half::float16>;
+    if (width > 128) return start_singles<Widest>(g, tensors, workspace, limits, stream);
+  }
+  return start_singles<Wide>(g, tensors, workspace, limits, stream);
 }
 
 template <Half kHalf>
@@ -169,13 +174,13 @@ int start_type(const BackwardCall& g, const Tensors& tensors,
   const bool exact = p.precision == Precision::highest;
   switch (p.type) {
     case Type::float32:
-      return exact ? start_fresh<Half::float16, 2, 2>(g, tensors, workspace, limits, stream)
-                   : start_fresh<Half::float16, 1, 1>(g, tensors, workspace, limits, stream);
+      return exact ? start_precise<Half::float16, 2, 2>(g, tensors, workspace, limits, stream)
+                   : start_precise<Half::float16, 1, 1>(g, tensors, workspace, limits, stream);
     case Type::float16:
-      return exact ? start_fresh<Half::float16, 1, 2>(g, tensors, workspace, limits, stream)
+      return exact ? start_precise<Half::float16, 1, 2>(g, tensors, workspace, limits, stream)
                    : start_half<Half::float16>(g, tensors, workspace, limits, stream);
     case Type::bfloat16:
-      return exact ? start_fresh<Half::bfloat16, 1, 3>(g, tensors, workspace, limits, stream)
+      return exact ? start_precise<Half::bfloat16, 1, 3>(g, tensors, workspace, limits, stream)
                    : start_half<Half::bfloat16>(g, tensors, workspace, limits, stream);
   }
   return kInvalidValue;

@@ -44,6 +44,9 @@ struct HopperBackwardShape {
   static constexpr float kWeightShift = kHalf == Half::float16 && !kRaisesRows ? 14 : 0;
   static constexpr float kRaise = kWeightShift > 0 ? 1 << int(kWeightShift) : 1;
 
+  /// Columns of a fresh sum: registers hold no whole second one of the widest heads.
+  static constexpr int kFreshColumns = kWidth > 128 ? 32 : kWidth;
+
   using Tile = TermTile<kTerms, kWidth>;
   static constexpr size_t kOwnedBytes = Tile::bytes(kRows), kTileBytes = Tile::bytes(kTile);
   /// The sums of a tile of queries, and where rows are raised, the factors of their head.
@@ -281,16 +284,26 @@ SDPA_DEVICE void add_tile(float factor, float (&rows)[S::kTile / 8][4],
   uint32_t operand[S::kTile / 16][S::kWeightTerms][4];
   to_operand<S::kHalf>(rows, operand);
   if constexpr (S::kFresh) {
-    float fresh[S::kWidth / 8][4];
-    clear(fresh);
-    begin_by_rows<S::kHalf>(operand, tile, false, fresh);
-    begin();
-    wait_products<1>();
-    hold(fresh);
+    float fresh[S::kFreshColumns / 8][4];
     SDPA_UNROLL
-    for (int n = 0; n < S::kWidth / 8; ++n) {
+    for (int first = 0; first < S::kWidth / 8; first += S::kFreshColumns / 8) {
+      const bool is_last = first + S::kFreshColumns / 8 == S::kWidth / 8;
+      clear(fresh);
+      begin_by_rows<S::kHalf>(operand, tile, false, fresh, 8 * first);
+      if (is_last) {
+        begin();
+        wait_products<1>();
+      } else {
+        wait_products<0>();
+      }
+      hold(fresh);
       SDPA_UNROLL
-      for (int e = 0; e < 4; ++e) sums[n][e] = fmaf(fresh[n][e], factors[e / 2], sums[n][e]);
+      for (int n = 0; n < S::kFreshColumns / 8; ++n) {
+        SDPA_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          sums[first + n][e] = fmaf(fresh[n][e], factors[e / 2], sums[first + n][e]);
+        }
+      }
     }
     wait_products<0>();
   } else {

@@ -44,9 +44,12 @@ int start_width(HopperCall& h, const MappedTensor (&tensors)[3], const DeviceLim
   if (kTerms == 2 || p.precision == Precision::highest) {
     if (width <= 64)
       return start_shape<HopperShape<kHalf, kTerms, 2, 64>>(h, tensors, limits, stream);
-    return start_shape<HopperShape<kHalf, kTerms, 2, 128>>(h, tensors, limits, stream);
+    if (kTerms == 2 || width <= 128)
+      return start_shape<HopperShape<kHalf, kTerms, 2, 128>>(h, tensors, limits, stream);
   }
   if constexpr (kTerms == 1) {
+    if (p.precision == Precision::highest)
+      return start_shape<HopperShape<kHalf, 1, 2, 256>>(h, tensors, limits, stream);
     if (width <= 64) return start_shape<HopperShape<kHalf, 1, 1, 64>>(h, tensors, limits, stream);
     if (width <= 128) return start_shape<HopperShape<kHalf, 1, 1, 128>>(h, tensors, limits, stream);
     return start_shape<HopperShape<kHalf, 1, 1, 256>>(h, tensors, limits, stream);

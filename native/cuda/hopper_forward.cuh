@@ -27,8 +27,9 @@ struct HopperShape {
   static constexpr Half kHalf = kHalf_;
   static constexpr int kTerms = kTerms_, kWeightTerms = kWeightTerms_, kWidth = kWidth_;
   static constexpr int kColumns = kWidth, kRowSets = 1;
-  /// Where operands are split, each tile is summed by itself and added in float32 (forward.cuh).
-  static constexpr bool kFresh = kWeightTerms > 1;
+  /// Where operands are split, each tile is summed by itself and added in float32 (forward.cuh); of
+  /// the widest heads, which are of 16 bits, registers hold no second sum.
+  static constexpr bool kFresh = kWeightTerms > 1 && kWidth <= 128;
   static constexpr int kKeys = kFresh || kWidth > 128 ? 64 : 128;
   static constexpr int kKeyTiles = kKeys / 8;
   static constexpr float kWeightShift = kHalf == Half::float16 ? 14 : 0;

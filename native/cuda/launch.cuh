@@ -47,31 +47,22 @@ int start_forward_bfloat16(const ForwardCall& f, uint32_t width, bool exact,
 int start_forward_split(const ForwardCall& f, uint32_t width, int terms, const DeviceLimits& limits,
                         Stream stream);
 
-/// Whether Hopper's kernels know what a call asks for, apart from its sizes and types.
+/// Whether a call is for start_hopper_forward and start_hopper_backward, unless dropout decisions
+/// are given.
 inline bool hopper_takes(const Problem& p, const DeviceLimits& limits) {
   // Scores are scaled after keys were excluded by -infinity, and with the factors of terms.
   const bool has_scale = p.scale > 0x1p-40f && p.scale < 0x1p40f;
   const bool is_drawn = p.dropout_p == 0 || p.key_offset % kDecisionsPerCall == 0;
+  // The copy engine asks for rows of whole pieces of 16 bytes.
+  const bool has_pieces = p.type == Type::float32 || (p.head_dim % 8 == 0 && p.value_dim % 8 == 0);
+  const bool has_two_terms = p.type == Type::float32 && p.precision == Precision::highest;
+  const uint32_t widest = has_two_terms ? 128 : 256;
   return limits.hopper && p.type == p.key_type && p.mask_type == MaskType::none && p.softcap == 0 &&
-         has_scale && p.key_block_length == 0 && !is_decode(p) && is_drawn;
-}
-/// Whether rows of 16-bit tensors are whole pieces of 16 bytes, as the copy engine asks for.
-inline bool has_whole_pieces(const Problem& p) {
-  return p.type != Type::float32 && p.head_dim % 8 == 0 && p.value_dim % 8 == 0;
-}
-/// Calls for start_hopper_forward and start_hopper_backward, unless dropout decisions are given.
-inline bool hopper_takes_forward(const Problem& p, const DeviceLimits& limits) {
-  const uint32_t widest = p.precision == Precision::highest ? 128 : 256;
-  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= widest &&
-         (p.type == Type::float32 || has_whole_pieces(p));
-}
-inline bool hopper_takes_backward(const Problem& p, const DeviceLimits& limits) {
-  const bool is_exact = p.type == Type::float32 || p.precision == Precision::highest;
-  return hopper_takes(p, limits) && std::max(p.head_dim, p.value_dim) <= (is_exact ? 128 : 256) &&
-         (p.type == Type::float32 || has_whole_pieces(p));
+         has_scale && p.key_block_length == 0 && !is_decode(p) && is_drawn && has_pieces &&
+         std::max(p.head_dim, p.value_dim) <= widest;
 }
 
-/// For calls that hopper_takes_forward(): sets f.states. kNotTaken: a tensor's address is not what
+/// For calls that hopper_takes(): sets f.states. kNotTaken: a tensor's address is not what
 /// the copy engine asks for, and nothing was started.
 int start_hopper_forward(ForwardCall& f, void* workspace, const DeviceLimits& limits,
                          Stream stream);

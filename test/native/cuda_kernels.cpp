@@ -884,10 +884,10 @@ void check_outlier(uint32_t number, double factor) {
   check_backward(c, reference);
 }
 
-/// Gradients of a call for Hopper's kernels: `change` changes the call, `changes_data` its tensors.
+/// A call for Hopper's kernels: `change` changes the call, `changes_data` its tensors.
 template <typename Change, typename ChangeData>
-void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change,
-                           const ChangeData& change_data) {
+void check_hopper(uint32_t queries, uint32_t keys, const Change& change,
+                  const ChangeData& change_data) {
   Case c;
   Problem& p = c.p;
   p.batch = p.query_heads = p.kv_heads = 1;
@@ -907,11 +907,13 @@ void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change
   Random r(19);
   for (Buffer* b : {&c.query, &c.key, &c.value, &c.grad_output}) r.fill(*b, 1);
   change_data(c);
-  check_backward(c, Reference(c));
+  const Reference reference(c);
+  check_forward(c, reference);
+  check_backward(c, reference);
 }
 template <typename Change>
-void check_hopper_backward(uint32_t queries, uint32_t keys, const Change& change) {
-  check_hopper_backward(queries, keys, change, [](Case&) {});
+void check_hopper(uint32_t queries, uint32_t keys, const Change& change) {
+  check_hopper(queries, keys, change, [](Case&) {});
 }
 
 /// Multiplies element i by factor(i).
@@ -929,7 +931,7 @@ void check_sizes() {
       c.p.query_heads = 4;
       c.p.kv_heads = 2;
     };
-    check_hopper_backward(100, 150, change, change_data);
+    check_hopper(100, 150, change, change_data);
   };
   constexpr size_t kRow = 64, kHead = 100 * kRow, kKeyHead = 150 * kRow;
   for (const double size : {0x1p-40, 0x1p40}) {
@@ -1007,10 +1009,10 @@ void check_huge_scores(Precision precision, double size, bool exact) {
 
 void check_all_special() {
   // Keys past their sequence's end, in a block of keys that every query sees otherwise.
-  check_hopper_backward(130, 200, [](Case& c) { c.lengths = {150}; });
+  check_hopper(130, 200, [](Case& c) { c.lengths = {150}; });
   // A tile of queries that see no key, in a workspace full of large numbers, and tiles whose first
   // keys are not those of the first block.
-  check_hopper_backward(400, 402, [](Case& c) {
+  check_hopper(400, 402, [](Case& c) {
     c.p.is_causal = 1;
     c.p.causal_offset = -80;
     c.p.window_left = 60;
@@ -1021,14 +1023,16 @@ void check_all_special() {
     Precision precision;
     uint32_t head_dim, value_dim;
   } singles[] = {
-      {Type::float16, Precision::high, 256, 136},    {Type::bfloat16, Precision::medium, 200, 256},
-      {Type::bfloat16, Precision::highest, 128, 72}, {Type::bfloat16, Precision::highest, 64, 40},
-      {Type::float16, Precision::highest, 128, 80},  {Type::float16, Precision::highest, 48, 64},
-      {Type::float32, Precision::highest, 67, 128},  {Type::float32, Precision::highest, 64, 33},
-      {Type::float32, Precision::high, 128, 100},    {Type::float32, Precision::medium, 24, 61}};
+      {Type::float16, Precision::high, 256, 136},     {Type::bfloat16, Precision::medium, 200, 256},
+      {Type::bfloat16, Precision::highest, 128, 72},  {Type::bfloat16, Precision::highest, 64, 40},
+      {Type::bfloat16, Precision::highest, 256, 136}, {Type::float16, Precision::highest, 144, 256},
+      {Type::float32, Precision::high, 250, 256},     {Type::float16, Precision::highest, 128, 80},
+      {Type::float16, Precision::highest, 48, 64},    {Type::float32, Precision::highest, 67, 128},
+      {Type::float32, Precision::highest, 64, 33},    {Type::float32, Precision::high, 128, 100},
+      {Type::float32, Precision::medium, 24, 61}};
   for (const auto& one : singles) {
     for (const Placement placement : {Placement::weights, Placement::scores, Placement::context}) {
-      check_hopper_backward(100, 150, [&](Case& c) {
+      check_hopper(100, 150, [&](Case& c) {
         c.p.type = c.p.key_type = one.type;
         c.p.precision = one.precision;
         c.p.head_dim = one.head_dim;
