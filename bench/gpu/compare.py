@@ -1,6 +1,7 @@
 """node-sdpa's CUDA kernels against PyTorch's attention, in one process on the same tensors.
 
-Usage: compare.py PLUGIN [--quick]. Prints a table and, as its last line, the same as JSON.
+Usage: compare.py PLUGIN [--quick] [--kinds KIND ...]. Prints a table and, as its last line, the same
+as JSON. First come the ceilings of the device, and what its tensor cores make of low bits.
 
 Every time is between two CUDA events around one call and the wait for its end; subjects take turns
 in a fresh random order each round; the median of all rounds is shown. Before that each result is
@@ -23,7 +24,9 @@ PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTIO
          "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 PRECISIONS = ["highest", "high", "medium"]
 #         batch, heads, length, head dim
-SHAPES = [(1, 16, 8192, 128), (4, 16, 2048, 128), (8, 16, 1024, 64), (2, 16, 4096, 64)]
+SHAPES = [(1, 16, 8192, 128), (4, 16, 2048, 128), (2, 16, 4096, 128), (1, 16, 16384, 128),
+          (8, 16, 1024, 64), (2, 16, 4096, 64), (2, 8, 4096, 256)]
+LONGEST_MATH = 8192  # its weights are matrices in memory
 DECODE = (8, 32, 4, 32768, 128)  # batch, query heads, kv heads, keys, head dim
 
 
@@ -32,13 +35,15 @@ def pointer(tensor):
 
 
 class Ours:
-    def __init__(self, plugin, precision, hopper=False):
+    def __init__(self, plugin, precision, hopper=False, placement="weights"):
         self.plugin, self.precision, self.hopper = plugin, precision, hopper
+        self.placement = placement
 
     def prepare(self, tensors, kind, causal, dropout):
         q, k, v, g = tensors
         kv_heads, keys = k.shape[1], k.shape[2]
-        problem = make_problem(tuple(q.shape), kind, causal, dropout, self.precision, kv_heads, keys)
+        problem = make_problem(tuple(q.shape), kind, causal, dropout, self.precision, kv_heads, keys,
+                               self.placement)
         inputs = Inputs(pointer(q), pointer(k), pointer(v))
         output = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -122,11 +127,16 @@ def measure(plugin, shape, kind, causal, dropout, rounds):
     torch.manual_seed(1)
     tensors = [torch.randn(shape, device="cuda", dtype=KINDS[kind]) for _ in range(4)]
     subjects = {name: Peer(backend) for name, backend in PEERS.items()}
+    if shape[2] > LONGEST_MATH:
+        del subjects["math"]
     precisions = PRECISIONS if kind == "float32" else PRECISIONS[:2]
     for number, name in enumerate(precisions):
         subjects[f"node-sdpa {name}"] = Ours(plugin, number)
         if torch.cuda.get_device_capability() == (9, 0):
             subjects[f"node-sdpa {name}, Hopper"] = Ours(plugin, number, hopper=True)
+            if dropout > 0:
+                subjects[f"node-sdpa {name}, Hopper, context"] = Ours(
+                    plugin, number, hopper=True, placement="context")
     with_error = dropout == 0  # masks differ from library to library
     wanted = exact(tensors, causal) if with_error else None
     forwards, backwards, errors = {}, {}, {}
@@ -155,6 +165,37 @@ def measure(plugin, shape, kind, causal, dropout, rounds):
     return rows
 
 
+def measure_ceilings(rounds, size=8192):
+    """The rates of matrix products and of reading memory."""
+    flops, rows = 2 * size**3, []
+    for kind, dtype in KINDS.items():
+        a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+        ms, spread = race({kind: lambda: torch.mm(a, b)}, rounds)[kind]
+        rows.append(dict(direction="matrix product", subject=kind, ms=ms, spread=spread,
+                         tflops=flops / ms / 1e9))
+        print(f"matrix product of {kind}: {rows[-1]['tflops']:.1f} TFLOP/s")
+    source = torch.randn(4 * size, size, device="cuda")
+    ms, spread = race({"read": lambda: source.sum()}, rounds)["read"]
+    rows.append(dict(direction="read", subject="sum", ms=ms, spread=spread,
+                     gigabytes_per_second=source.numel() * 4 / ms / 1e6))
+    print(f"reads of memory: {rows[-1]['gigabytes_per_second']:.0f} GB/s")
+    return rows
+
+
+def low_bits(size=4096):
+    """How much of 32 products of 2^-n is left beside a sum of 1, which is taken away at the end."""
+    shares = {}
+    for n in range(18, 29, 2):
+        a = torch.zeros(size, 64, device="cuda", dtype=torch.float16)
+        b = torch.zeros(64, size, device="cuda", dtype=torch.float16)
+        a[:, 0] = a[:, 63] = b[0] = 1
+        b[63] = -1
+        a[:, 16:48] = b[16:48] = 2.0 ** (-n // 2)
+        shares[n] = torch.mm(a, b)[0, 0].item() / (32 * 2.0**-n)
+    print("left of 2^-n beside 1: " + ", ".join(f"{n}: {share:.2f}" for n, share in shares.items()))
+    return [dict(direction="low bits", shares=shares)]
+
+
 def measure_decode(plugin, rounds):
     batch, heads, kv_heads, keys, dim = DECODE
     make = lambda *dims: torch.randn(dims, device="cuda", dtype=torch.bfloat16)
@@ -178,24 +219,25 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("plugin")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS)[::-1])
     options = parser.parse_args()
     rounds = 5 if options.quick else 30
     plugin = Plugin(options.plugin)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
-    rows = []
-    for kind in ("bfloat16", "float16", "float32"):
+    rows = measure_ceilings(rounds) + low_bits()
+    for kind in options.kinds:
         for shape in SHAPES[:1] if options.quick else SHAPES:
             for causal, dropout in ((False, 0.0), (True, 0.0), (False, 0.1), (True, 0.1)):
                 print(f"\n{kind} {shape}{' causal' if causal else ''}, dropout {dropout}")
                 for row in measure(plugin, shape, kind, causal, dropout, rounds):
                     rows.append(row)
                     found = "" if row["error"] is None else f"  error {row['error']:.1e}"
-                    print(f"  {row['direction']:9} {row['subject']:26} {row['ms']:8.3f} ms "
+                    print(f"  {row['direction']:9} {row['subject']:34} {row['ms']:8.3f} ms "
                           f"{row['tflops']:7.1f} TFLOP/s  spread {row['spread']:.2f}{found}")
     print(f"\ndecode, bfloat16, {DECODE}")
     for row in measure_decode(plugin, rounds):
         rows.append(row)
-        print(f"  {row['subject']:26} {row['ms']:8.3f} ms {row['gigabytes_per_second']:7.0f} GB/s")
+        print(f"  {row['subject']:34} {row['ms']:8.3f} ms {row['gigabytes_per_second']:7.0f} GB/s")
     print(json.dumps(rows))
 
 

@@ -68,6 +68,9 @@ FUNCTIONS = ("open", "describe", "configure", "memory_use", "allocate", "release
              "forward", "backward", "dropout_mask")
 
 
+PLACEMENTS = ("weights", "context", "scores")
+
+
 class Table(ctypes.Structure):
     _fields_ = [("abi", ctypes.c_uint32), ("version", ctypes.c_char_p)] + pointers(*FUNCTIONS)
 
@@ -129,7 +132,8 @@ class Plugin:
         self._run("backward", ctypes.byref(call), ctypes.byref(tensors), ctypes.byref(self.never))
 
 
-def make_problem(shape, kind, causal=False, dropout=0.0, precision=0, kv_heads=None, keys=None):
+def make_problem(shape, kind, causal=False, dropout=0.0, precision=0, kv_heads=None, keys=None,
+                 placement="weights"):
     """A Problem for [batch, heads, length, dim] tensors."""
     batch, heads, length, dim = shape
     problem = Problem()
@@ -137,7 +141,8 @@ def make_problem(shape, kind, causal=False, dropout=0.0, precision=0, kv_heads=N
                   key_length=keys or length, head_dim=dim, value_dim=dim, type=TYPES[kind],
                   key_type=TYPES[kind], mask_batch=1, mask_heads=1, mask_queries=1, mask_keys=1,
                   is_causal=int(causal), window_left=-1, window_right=-1, scale=dim**-0.5,
-                  dropout_p=dropout, seed_lo=1, precision=precision)
+                  dropout_p=dropout, dropout_placement=PLACEMENTS.index(placement), seed_lo=1,
+                  precision=precision)
     for name, value in values.items():
         setattr(problem, name, value)
     return problem
