@@ -235,8 +235,10 @@ SDPA_DEVICE void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, ui
 template <Half kHalf, int kTiles>
 SDPA_DEVICE void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4],
                                     uint64_t b_matrix, bool adds) {
-  static_assert(kTiles == 8 || kTiles == 16 || kTiles == 32);
-  if constexpr (kTiles == 8) {
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32);
+  if constexpr (kTiles == 4) {
+    SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 32, 4, 16, 16, 17, 18, 19, 20, 21)
+  } else if constexpr (kTiles == 8) {
     SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 64, 8, 32, 32, 33, 34, 35, 36, 37)
   } else if constexpr (kTiles == 16) {
     SDPA_BY_TYPE(SDPA_PRODUCT_OF_REGISTERS, 128, 16, 64, 64, 65, 66, 67, 68, 69)

@@ -205,6 +205,7 @@ inline void wait_products() {
 template <Half kHalf, Depth kDepthA, Depth kDepthB, int kTiles>
 inline void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_t b_matrix,
                             bool adds) {
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16);  // as on a GPU
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
   emulation::meet_for_product<kWiden>(
       {sums[0], nullptr, a_matrix, b_matrix, kTiles, adds, kDepthA, kDepthB});
@@ -213,6 +214,7 @@ inline void multiply_shared(float (&sums)[kTiles][4], uint64_t a_matrix, uint64_
 template <Half kHalf, int kTiles>
 inline void multiply_registers(float (&sums)[kTiles][4], const uint32_t (&a)[4], uint64_t b_matrix,
                                bool adds) {
+  static_assert(kTiles == 4 || kTiles == 8 || kTiles == 16 || kTiles == 32);  // as on a GPU
   constexpr auto kWiden = kHalf == Half::float16 ? float16_to_float : bfloat16_to_float;
   emulation::meet_for_product<kWiden>(
       {sums[0], a, 0, b_matrix, kTiles, adds, Depth::columns, Depth::rows});
